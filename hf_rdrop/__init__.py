@@ -1,0 +1,20 @@
+"""R-Drop (regularized dropout) for Hugging Face Transformers."""
+
+from .dropout import inspect_dropout, set_dropout
+from .loss import RDropLoss
+from .trainer import RDropMixin, RDropSeq2SeqTrainer, RDropTrainer
+from .training_args import RDropArguments, RDropSeq2SeqTrainingArguments, RDropTrainingArguments
+from .version import __version__
+
+__all__ = [
+    "RDropArguments",
+    "RDropLoss",
+    "RDropMixin",
+    "RDropSeq2SeqTrainer",
+    "RDropSeq2SeqTrainingArguments",
+    "RDropTrainer",
+    "RDropTrainingArguments",
+    "__version__",
+    "inspect_dropout",
+    "set_dropout",
+]

@@ -1,0 +1,109 @@
+"""Repeating a batch for several passes in one forward, and taking its outputs apart again."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: Inputs of Transformers models that have one value for the whole batch, whatever their first dimension is.
+NON_BATCH_INPUTS = frozenset(
+    {"head_mask", "decoder_head_mask", "cross_attn_head_mask", "cache_position", "num_items_in_batch"}
+)
+
+
+def get_batch_size(inputs: Mapping[str, Any], names: Collection[str] = ("labels", "input_ids")) -> int:
+    """Number of examples in a batch: the first dimension of the first of `names` that is there, else of any tensor.
+
+    Raises:
+        ValueError: if the batch holds no tensor with a batch dimension.
+    """
+    for value in [*(inputs[name] for name in names if name in inputs), *inputs.values()]:
+        if isinstance(value, Tensor) and value.dim() > 0:
+            return len(value)
+    raise ValueError(
+        f"The batch has no tensor with a batch dimension (its keys: {', '.join(inputs) or 'none'}), so it cannot be "
+        "repeated for a second pass. Check that the data collator returns tensors."
+    )
+
+
+def repeat_batch(
+    inputs: Mapping[str, Any],
+    passes: int = 2,
+    *,
+    batch_size: int | None = None,
+    non_batch_inputs: Collection[str] = NON_BATCH_INPUTS,
+) -> dict[str, Any]:
+    """Repeat every per-example tensor, so that one forward runs all passes: ``[x] -> [x; x]``.
+
+    Dropout draws one mask per element, so the halves of the repeated batch go through different sub-models.
+
+    Args:
+        inputs: what the model is called with; not changed. Tensors may be nested in dicts, lists and tuples.
+        passes: how often to repeat, m >= 1.
+        batch_size: number of examples B; read off the labels or input ids by default.
+        non_batch_inputs: names of inputs that are not per example and stay as they are even if their first dimension
+            happens to equal B.
+
+    Returns:
+        A new dict: tensors (and lists of B non-tensors) with first dimension B have m * B rows, pass after pass;
+        everything else is passed through.
+
+    Raises:
+        ValueError: if no batch size can be read off the inputs.
+
+    Example:
+        >>> repeat_batch({"input_ids": torch.tensor([[1], [2]]), "labels": torch.tensor([0, 1])})["labels"].tolist()
+        [0, 1, 0, 1]
+    """
+    size = get_batch_size(inputs) if batch_size is None else batch_size
+
+    def repeat(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return torch.cat([value] * passes) if value.dim() > 0 and len(value) == size else value
+        if isinstance(value, Mapping):
+            return {key: repeat(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            if len(value) == size and not any(isinstance(item, (Tensor, Mapping)) for item in value):
+                return value * passes
+            return _like(value, [repeat(item) for item in value])
+        return value
+
+    return {name: value if name in non_batch_inputs else repeat(value) for name, value in inputs.items()}
+
+
+def split_passes(logits: Tensor, passes: int = 2) -> tuple[Tensor, ...]:
+    """Take the rows of a repeated batch apart: `[m * B, ...]` to m views of `[B, ...]`, one per pass."""
+    return stack_passes(logits, passes).unbind(0)
+
+
+def stack_passes(logits: Tensor, passes: int = 2) -> Tensor:
+    """View the rows of a repeated batch pass by pass: `[m * B, ...]` to `[m, B, ...]`, without a copy.
+
+    Raises:
+        ValueError: if the rows cannot be divided into `passes` equal parts.
+    """
+    if len(logits) % passes:
+        raise ValueError(
+            f"The model returned {len(logits)} rows for a batch repeated {passes} times, so they cannot be told apart "
+            "by pass. R-Drop needs one row of logits per row of the batch."
+        )
+    return logits.unflatten(0, (passes, -1))
+
+
+def first_pass(outputs: Any, passes: int, batch_size: int) -> Any:
+    """Cut the outputs of a repeated batch back to the B rows of the first pass; other values are passed through."""
+    if isinstance(outputs, Tensor):
+        repeated = outputs.dim() > 0 and len(outputs) == passes * batch_size
+        return outputs[:batch_size] if repeated else outputs
+    if isinstance(outputs, Mapping):
+        cut = {key: first_pass(value, passes, batch_size) for key, value in outputs.items()}
+        return cut if type(outputs) is dict else type(outputs)(**cut)  # a ModelOutput is made from keywords
+    if isinstance(outputs, (list, tuple)):
+        return _like(outputs, [first_pass(value, passes, batch_size) for value in outputs])
+    return outputs
+
+
+def _like(template: list[Any] | tuple[Any, ...], items: list[Any]) -> Any:
+    is_named = hasattr(template, "_fields")
+    return type(template)(*items) if is_named else type(template)(items)

@@ -1,0 +1,212 @@
+"""What is stochastic in a model, and one call that sets every dropout rate it has.
+
+Works on any `nn.Module`: dropout is found by the types and names of modules and attributes, not by architecture.
+"""
+
+import dis
+import inspect
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
+from itertools import pairwise
+from numbers import Real
+from typing import Any, NamedTuple, TypeGuard
+
+from torch import nn
+
+# Tried in this order, because "layerdrop" and "path_dropout" are not dropout of single elements. The rank_dropout and
+# module_dropout of PEFT's LoHa and LoKr change the weight: drawn once for the whole batch, as layerdrop is.
+_KINDS = (
+    ("layerdrop", re.compile(r"layer_?drop(?!_?out)|(rank|module)_dropout", re.IGNORECASE)),
+    ("drop_path", re.compile(r"drop(out)?_?path|path_?drop|drop_?connect|stochastic_?depth", re.IGNORECASE)),
+    ("functional", re.compile(r"drop_?out|(^|_)p?drop$|(^|_)drop_(\w+_)?(p|prob|rate)$", re.IGNORECASE)),
+)
+
+
+class DropoutSource(NamedTuple):
+    """One place in a model that draws random numbers while training.
+
+    Args:
+        name: qualified name of the dropout module, or of the attribute that holds the rate, such as
+            `"model.layers.0.self_attn.attention_dropout"`.
+        kind: `"dropout"` (a dropout module), `"functional"` (a rate that a module's forward hands to a dropout or an
+            attention function), `"drop_path"` (stochastic depth: a branch dropped per example) or `"layerdrop"`
+            (a whole layer skipped, drawn once for the whole batch).
+        rate: the probability in force now, in [0, 1].
+    """
+
+    name: str
+    kind: str
+    rate: float
+
+
+class _Knob(NamedTuple):
+    """A source, and the object and attribute that hold its rate."""
+
+    source: DropoutSource
+    owner: Any
+    attribute: str
+
+
+def _kind(name: str) -> str | None:
+    return next((kind for kind, pattern in _KINDS if pattern.search(name)), None)
+
+
+def _module_kind(module: nn.Module, name: str) -> str | None:
+    """The kind of a module that is a dropout itself, None for every other module."""
+    kind = _kind(type(module).__name__)
+    if isinstance(module, nn.modules.dropout._DropoutNd) or kind == "functional":
+        # HGNet and PatchTST use nn.Dropout under the name, and at the rate, of a drop path.
+        return "drop_path" if _kind(name) == "drop_path" else "dropout"
+    return kind
+
+
+def _is_rate(value: Any) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
+
+
+@cache
+def _names_read_from_config(forward: Callable[..., Any]) -> list[str]:
+    """The dropout names that a forward reads as `self.config.name` at every call (Falcon, Persimmon, ProphetNet)."""
+    code = getattr(inspect.unwrap(forward), "__code__", None)
+    words = [instruction.argval for instruction in dis.get_instructions(code)] if code else []
+    found = [name for before, name in pairwise(words) if before == "config" and isinstance(name, str) and _kind(name)]
+    return list(dict.fromkeys(found))
+
+
+def _knobs(model: nn.Module) -> Iterator[_Knob]:
+    for path, module in model.named_modules():
+        prefix, leaf = f"{path}." if path else "", path.rpartition(".")[2]
+        module_kind = _module_kind(module, leaf)
+        for name, value in vars(module).items():
+            kind = _kind(name)
+            # torch's recurrent layers drop between layers: with one layer their rate does nothing.
+            if not _is_rate(value) or (isinstance(module, nn.RNNBase) and module.num_layers == 1):
+                continue
+            if module_kind and (kind or name == "p"):
+                yield _Knob(DropoutSource(path, module_kind, float(value)), module, name)
+            elif kind:
+                yield _Knob(DropoutSource(prefix + name, kind, float(value)), module, name)
+        for name in _names_read_from_config(type(module).forward):
+            config = getattr(module, "config", None)
+            value, kind = getattr(config, name, None), _kind(name)
+            if kind and _is_rate(value):
+                yield _Knob(DropoutSource(f"{prefix}config.{name}", kind, float(value)), config, name)
+        for name, child in module.named_children():
+            # ModernBERT, PEFT and others put an Identity where a dropout of rate 0 would be. Inside a container the
+            # container's name tells: lora_dropout.default.
+            kind = _kind(leaf if isinstance(module, (nn.ModuleDict, nn.ModuleList)) else name)
+            if kind and isinstance(child, nn.Identity):
+                kind = "dropout" if kind == "functional" else kind
+                yield _Knob(DropoutSource(prefix + name, kind, 0.0), module, name)
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """The configs of a model and its parts, with their sub-configs and PEFT's adapter configs, each once."""
+    queue = [vars(module).get(name) for module in model.modules() for name in ("config", "peft_config")]
+    found: dict[int, Any] = {}
+    while queue:
+        item = queue.pop()
+        if isinstance(item, dict):
+            queue.extend(item.values())
+        elif hasattr(item, "to_dict") and id(item) not in found:
+            found[id(item)] = item
+            queue.extend(vars(item).values())
+    return list(found.values())
+
+
+def inspect_dropout(model: nn.Module) -> list[DropoutSource]:
+    """List everything in `model` that is random while training, with the rates in force.
+
+    The rates are read from the modules that use them, so they are right also where somebody changed a module after it
+    was built from its config. Places whose rate is 0 are listed too: they are what [`set_dropout`] can turn up.
+
+    Args:
+        model: any module; Transformers and PEFT models are what it is written for.
+
+    Returns:
+        The sources in the order of `model.named_modules()`.
+
+    Example:
+
+        >>> from torch import nn
+        >>> inspect_dropout(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1)))
+        [DropoutSource(name='1', kind='dropout', rate=0.1)]
+    """
+    return [knob.source for knob in _knobs(model)]
+
+
+def is_stochastic(sources: Iterable[DropoutSource]) -> bool:
+    """Whether the two halves of one doubled batch `[x; x]` come out different in training mode.
+
+    Layerdrop alone does not do it: it is drawn once for the whole batch, so both halves skip the same layers.
+
+    Args:
+        sources: what [`inspect_dropout`] returns.
+
+    Returns:
+        True if a source other than layerdrop has a rate above 0 (and below 1, where nothing is left to differ).
+
+    Example:
+
+        >>> is_stochastic([DropoutSource("encoder.layerdrop", "layerdrop", 0.5)])
+        False
+    """
+    return any(source.kind != "layerdrop" and 0 < source.rate < 1 for source in sources)
+
+
+def set_dropout(model: nn.Module, p: float) -> None:
+    """Set every dropout of `model` to `p`, in place: in its modules and in its configs.
+
+    Modules, rates that are handed to functions (such as attention dropout) and the entries of the model's config and
+    sub-configs all get `p`, so that the model has the same rates after `save_pretrained` and `from_pretrained`. An
+    `nn.Identity` that stands where a dropout of rate 0 would be becomes an `nn.Dropout(p)`. A config entry that is
+    None because it falls back to another one stays None. Layerdrop and stochastic depth (drop path) keep their rates.
+    With a PEFT adapter, `lora_dropout` is set as well, in the adapter's config too.
+
+    A rate that a model's code fixes without asking its config is not stored by `save_pretrained`, nor are the base
+    model's rates when only an adapter is saved: call this again after loading. No weight is touched and no random
+    number is drawn.
+
+    Args:
+        model: the model, changed in place.
+        p: probability that an element is dropped, in [0, 1).
+
+    Raises:
+        ValueError: if `p` is not a number in [0, 1), or if `model` has no dropout that could be set.
+
+    Example:
+
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1))
+        >>> set_dropout(model, 0.3)
+        >>> inspect_dropout(model)
+        [DropoutSource(name='1', kind='dropout', rate=0.3)]
+    """
+    if isinstance(p, bool) or not isinstance(p, Real) or not math.isfinite(p) or not 0 <= p < 1:
+        raise ValueError(
+            f"The dropout rate is {p!r}, but it is the probability that an element is dropped: a number of at least 0 "
+            "and less than 1 (at 1 nothing would be left to train on). Pass for example 0.1."
+        )
+    knobs = [knob for knob in _knobs(model) if knob.source.kind in ("dropout", "functional")]
+    if not knobs:
+        raise ValueError(
+            f"{type(model).__name__} has no dropout that could be set: neither a dropout module nor an attribute that "
+            "holds a dropout rate. R-Drop compares two passes that differ by dropout, so add `nn.Dropout` modules to "
+            "the model or use a model that has them."
+        )
+    rate = float(p)
+    for _, owner, name in knobs:
+        if isinstance(getattr(owner, name), nn.Identity):
+            owner.register_module(name, nn.Dropout(rate).train(owner.training))
+        else:
+            setattr(owner, name, rate)
+    for config in _configs(model):
+        for name, value in list(vars(config).items()):
+            if _kind(name) != "functional":
+                continue
+            if _is_rate(value):
+                setattr(config, name, rate)
+            elif isinstance(value, (list, tuple)) and all(map(_is_rate, value)):  # one rate per stage, as in CvT
+                setattr(config, name, type(value)([rate] * len(value)))

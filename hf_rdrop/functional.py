@@ -1,0 +1,192 @@
+"""The agreement terms of R-Drop as pure functions of tensors.
+
+Every function takes the logits of ``m`` stochastic passes stacked along a new first dimension and returns the mean
+disagreement over all pairs of passes and all valid items, as a scalar. Nothing is computed pair by pair: for a
+divergence of the form ``1/2 (p - q)·(a - b)`` the mean over the ``m (m - 1) / 2`` pairs is
+
+    1 / (m - 1) * sum_i (p_i - mean_j p_j) · (a_i - mean_j a_j)
+
+which costs O(m), and for ``m = 2`` is the pair's own value.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Elements of one [m, rows, C] block of `_SoftmaxAgreement`: small enough that its float32 temporaries (8 MiB each)
+# never matter beside the logits, large enough that launching the operations on a block costs nothing.
+_BLOCK_ELEMENTS = 2**21
+
+
+def symmetric_kl(logits_a: Tensor, logits_b: Tensor, mask: Tensor | None = None) -> Tensor:
+    r"""Symmetric Kullback-Leibler divergence between two passes, in nats, averaged over the valid items.
+
+    ``sKL(P, Q) = 1/2 KL(P||Q) + 1/2 KL(Q||P) = 1/2 sum_c (p_c - q_c)(log p_c - log q_c)``: summed over the classes,
+    averaged over items. Gradients flow into both arguments; the softmax is taken in float32 (float64 for float64).
+
+    Args:
+        logits_a: `[..., C]` unnormalised scores of the first pass.
+        logits_b: `[..., C]` scores of the second pass.
+        mask: `[...]` boolean or 0/1, the items to average over; all of them by default.
+
+    Returns:
+        Scalar >= 0; 0 when no item is valid; finite where a class has -inf in both passes.
+
+    Raises:
+        ValueError: if the shapes do not fit.
+
+    Source: Liang et al. 2021, section 2.
+
+    Example:
+        >>> symmetric_kl(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 0.0]])).item()
+        0.0
+    """
+    if logits_a.shape != logits_b.shape:
+        raise ValueError(
+            f"The two passes must give logits of the same shape, got {tuple(logits_a.shape)} and "
+            f"{tuple(logits_b.shape)}: they are compared class by class. Pass the logits of the same batch twice."
+        )
+    return softmax_agreement(torch.stack((logits_a, logits_b)), mask)
+
+
+def softmax_agreement(logits: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean symmetric KL between all pairs of softmax distributions (single-label classes, tags, tokens).
+
+    Args:
+        logits: `[m, ..., C]` scores of m >= 2 passes.
+        mask: `[...]` boolean or 0/1, the items to average over; all of them by default.
+
+    Returns:
+        Scalar >= 0, in nats; 0 when no item is valid.
+
+    Raises:
+        ValueError: if the shapes do not fit or m < 2.
+    """
+    _check_passes(logits)
+    items = logits.shape[1:-1]
+    if mask is not None and mask.shape != items:
+        raise ValueError(
+            f"The mask has shape {tuple(mask.shape)}, the logits have items of shape {tuple(items)}: one mask value "
+            "per item is needed. For causal language models shift the mask with the labels."
+        )
+    dtype = _compute_dtype(logits)
+    weight = torch.ones(items, device=logits.device) if mask is None else mask.to(logits.device)
+    weight = weight.to(dtype).flatten()
+    weight = weight / weight.sum().clamp(min=1)
+    return _SoftmaxAgreement.apply(logits.reshape(len(logits), -1, logits.shape[-1]), weight)
+
+
+class _SoftmaxAgreement(torch.autograd.Function):
+    """Value and gradient in one sweep over blocks of rows.
+
+    With ``u_i = log p_i - mean_j log p_j`` and ``v_i = p_i - mean_j p_j`` (for m = 2 half of log p - log q and p - q)
+
+        value = 1 / (m - 1) sum_i u_i · v_i,    d value / d z_i = 1 / (m - 1) [p_i (u_i - p_i · u_i) + v_i]
+
+    so the gradient costs two multiplications more than the value. The probabilities live only for one block; autograd
+    over `log_softmax` would keep several float32 copies of all logits until the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, weight: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        passes, rows, classes = logits.shape
+        dtype = weight.dtype
+        grad = None
+        if ctx.needs_input_grad[0]:
+            # Gradients of a mean over many tokens fall below float16's range before the loss scaler sees them.
+            grad = torch.empty_like(logits, dtype=torch.float32 if logits.dtype == torch.float16 else logits.dtype)
+        value = weight.new_zeros(())
+        step = max(1, _BLOCK_ELEMENTS // (passes * max(classes, 1)))
+        for start in range(0, rows, step):
+            block = slice(start, start + step)
+            log_p = torch.log_softmax(logits[:, block], dim=-1, dtype=dtype)
+            p = log_p.exp()
+            v = p - p.mean(0)
+            # -inf in every pass: such a class has p = 0 everywhere and agrees, so its nan (-inf + inf) counts as 0.
+            u = log_p.sub_(log_p.mean(0)).nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+            w = weight[block] / (passes - 1)
+            # `where` and not a product: an ignored row may hold inf or nan
+            value += torch.where(w > 0, (u * v).sum(dim=(0, 2)), 0).mul_(w).sum()
+            if grad is not None:
+                g = u.sub_((p * u).sum(-1, keepdim=True)).mul_(p).add_(v)
+                grad[:, block] = g.mul_(w[:, None]).masked_fill_((w == 0)[:, None], 0)
+        if grad is not None:
+            ctx.save_for_backward(grad)
+        ctx.logits_dtype = logits.dtype
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_value: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
+        (grad,) = ctx.saved_tensors
+        return (grad * grad_value).to(ctx.logits_dtype), None
+
+
+def bernoulli_agreement(logits: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean symmetric KL between all pairs of independent Bernoulli distributions (multi-label classification).
+
+    Per label ``sKL = 1/2 (sigmoid(a) - sigmoid(b)) (a - b)``, averaged over items and labels, as BCE is.
+
+    Args:
+        logits: `[m, ..., C]` scores of m >= 2 passes, one per label.
+        mask: `[..., C]` boolean or 0/1, the labels to average over; all of them by default.
+
+    Returns:
+        Scalar >= 0, in nats; 0 when no label is valid.
+
+    Raises:
+        ValueError: if m < 2.
+    """
+    _check_passes(logits)
+    logits = logits.to(_compute_dtype(logits))
+    p = logits.sigmoid()
+    same = (logits == logits[0]).all(0)  # also where all passes hold the same infinity, whose difference is nan
+    difference = torch.where(same, 0, logits - logits.mean(0))
+    return _masked_mean(((p - p.mean(0)) * difference).sum(0) / (len(logits) - 1), mask)
+
+
+def squared_agreement(logits: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean squared difference between all pairs of predictions (regression), averaged as MSE is.
+
+    Args:
+        logits: `[m, ...]` predictions of m >= 2 passes, in the units of the target.
+        mask: `[...]` boolean or 0/1, the predictions to average over; all of them by default.
+
+    Returns:
+        Scalar >= 0, in squared units of the target; 0 when no prediction is valid.
+
+    Raises:
+        ValueError: if m < 2.
+    """
+    _check_passes(logits)
+    logits = logits.to(_compute_dtype(logits))
+    return _masked_mean(2 * (logits - logits.mean(0)).square().sum(0) / (len(logits) - 1), mask)
+
+
+#: Agreement by Transformers' `problem_type`; tags and tokens are single-label classes with a mask.
+AGREEMENTS: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = {
+    "single_label_classification": softmax_agreement,
+    "multi_label_classification": bernoulli_agreement,
+    "regression": squared_agreement,
+}
+
+
+def _check_passes(logits: Tensor) -> None:
+    if logits.dim() < 2 or len(logits) < 2:
+        raise ValueError(
+            f"Agreement needs the logits of at least two passes stacked along the first dimension, got shape "
+            f"{tuple(logits.shape)}. Use torch.stack([logits_a, logits_b])."
+        )
+
+
+def _compute_dtype(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        mask = torch.ones_like(values, dtype=torch.bool)
+    mask = mask.to(device=values.device, dtype=torch.bool)
+    return torch.where(mask, values, 0).sum() / mask.sum().clamp(min=1)

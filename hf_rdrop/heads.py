@@ -1,0 +1,92 @@
+"""What a head's outputs mean: where its logits are, which items count, and how its passes are compared."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .batch import stack_passes
+from .functional import AGREEMENTS
+
+SUPPORTED_HEADS = (
+    "sequence classification (single-label, multi-label, regression), token classification and sequence-to-sequence "
+    "language modelling"
+)
+
+
+class Head(NamedTuple):
+    """How the passes of one head are compared: a key of `AGREEMENTS` and the mask of the items that count."""
+
+    problem_type: str
+    mask: Tensor | None
+
+    def agreement(self, logits: Tensor, passes: int) -> Tensor:
+        """Mean disagreement of the passes for the logits `[m * B, ...]` of a repeated batch."""
+        return AGREEMENTS[self.problem_type](stack_passes(logits, passes), self.mask)
+
+
+def valid_items(labels: Tensor, shift_labels: bool = False) -> Tensor:
+    """Mask of the labels that the head's own loss averages over.
+
+    Integer labels count where they are not -100, without the first position when the head predicts the next token;
+    real-valued labels (regression, multi-label) all count, whatever their value.
+    """
+    if labels.is_floating_point():
+        return torch.ones_like(labels, dtype=torch.bool)
+    if shift_labels:  # the mask keeps the logits' length: position t is scored against label t + 1
+        return F.pad(labels[..., 1:] != -100, (0, 1), value=False)
+    return labels != -100
+
+
+def find_logits(outputs: Any, rows: int) -> Tensor:
+    """The logits among a model's outputs (ModelOutput, dict or tuple), which must have one row per row of the batch.
+
+    Raises:
+        ValueError: when there are none.
+    """
+    if isinstance(outputs, Mapping):
+        logits, found = outputs.get("logits"), ", ".join(outputs)
+    else:  # (loss, logits, ...), or (logits, ...) when the labels were withheld for label smoothing
+        tensors = [item for item in outputs if isinstance(item, Tensor) and item.dim() > 0]
+        logits, found = next(iter(tensors), None), f"a tuple of {len(outputs)}"
+    if not isinstance(logits, Tensor) or logits.dim() == 0 or len(logits) != rows:
+        shape = f", logits of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else ""
+        raise ValueError(
+            f"R-Drop compares the logits of the passes, but the model returned no logits for its {rows} rows (got: "
+            f"{found}{shape}). Use a model whose output has `logits`, without a fused loss that drops them "
+            f"(`use_liger_kernel`); supported heads: {SUPPORTED_HEADS}. Or set rdrop_alpha to 0."
+        )
+    return logits
+
+
+def resolve_head(config: Any, logits: Tensor, labels: Tensor, passes: int, shift_labels: bool = False) -> Head:
+    """Decide how the passes are compared, by Transformers' own rules for `problem_type` (read, never set).
+
+    Args:
+        config: the model's configuration, or None.
+        logits: `[m * B, ...]`.
+        labels: `[B, ...]`.
+        passes: m.
+        shift_labels: whether the head predicts the next token.
+
+    Raises:
+        ValueError: when logits and labels do not fit a supported head.
+    """
+    shape = (len(logits) // passes, *logits.shape[1:])
+    problem_type = getattr(config, "problem_type", None)
+    per_class = labels.shape == shape[:-1]
+    one_score = labels.dim() == 1 and shape in ((len(labels),), (len(labels), 1))
+    if labels.shape == shape or one_score:
+        if problem_type == "regression" or (problem_type is None and (one_score or shape[-1] == 1)):
+            return Head("regression", None)
+        if labels.shape == shape:
+            return Head("multi_label_classification", None)
+    if per_class and not labels.is_floating_point():
+        return Head("single_label_classification", valid_items(labels, shift_labels))
+    raise ValueError(
+        f"R-Drop cannot compare logits of shape {shape} for labels of shape {tuple(labels.shape)} and type "
+        f"{labels.dtype}: neither one class index per row of scores nor one target per score. Supported heads: "
+        f"{SUPPORTED_HEADS}. Check the labels, or set rdrop_alpha to 0."
+    )

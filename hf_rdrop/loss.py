@@ -1,0 +1,127 @@
+"""R-Drop for plain PyTorch and Accelerate loops."""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .functional import AGREEMENTS
+
+
+class RDropLossOutput(NamedTuple):
+    """`loss = ce + alpha / 2 * kl`, each a scalar with its graph."""
+
+    loss: Tensor
+    ce: Tensor
+    kl: Tensor
+
+
+def check_alpha(alpha: float) -> None:
+    """Refuse an alpha that is negative, nan or infinite, or no number.
+
+    Raises:
+        ValueError: always with the permitted range and where to find good values.
+    """
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha) or alpha < 0:
+        raise ValueError(
+            f"rdrop_alpha must be a finite number >= 0, got {alpha!r}: it weighs the agreement of the passes in "
+            "loss = CE + alpha / 2 * KL. Use 0 for plain fine-tuning, 0.1 to 1 for classification, 5 for translation."
+        )
+
+
+class RDropLoss(nn.Module):
+    r"""R-Drop's objective from the logits of two (or more) stochastic passes and the labels.
+
+    ``loss = mean_j CE_j + alpha / 2 * mean_{i<j} sKL(P_i, P_j)``, which for two passes is
+    ``(CE_1 + CE_2 + alpha * sKL) / 2`` with ``sKL(P, Q) = 1/2 KL(P||Q) + 1/2 KL(Q||P)``: the paper's alpha, on the
+    scale of plain fine-tuning's loss. Both terms are averaged over the items whose label is not -100.
+
+    Args:
+        alpha: weight of the agreement, >= 0 and finite. Default 1.0, the paper's value for language modelling and one
+            of its three for GLUE; 5 for translation.
+        problem_type: as in Transformers' configurations: `"single_label_classification"` (also tags and tokens),
+            `"multi_label_classification"` (BCE and Bernoulli KL per label) or `"regression"` (MSE and squared
+            difference of the predictions).
+        label_smoothing: share of the target given to the uniform distribution, in [0, 1); single-label only.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+
+    Source: Liang et al. 2021, section 2 (divided by two); conversions from other code bases are in the README.
+
+    Example:
+        >>> logits = model(**repeat_batch(batch)).logits          # one forward, [x; x]
+        >>> loss, ce, kl = RDropLoss(alpha=1.0)(*split_passes(logits), batch["labels"])
+        >>> loss.backward()
+    """
+
+    def __init__(
+        self, alpha: float = 1.0, problem_type: str = "single_label_classification", label_smoothing: float = 0.0
+    ) -> None:
+        super().__init__()
+        check_alpha(alpha)
+        if problem_type not in AGREEMENTS:
+            raise ValueError(f"Unknown problem_type {problem_type!r}: choose one of {', '.join(AGREEMENTS)}.")
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing!r}.")
+        if label_smoothing and problem_type != "single_label_classification":
+            raise ValueError(
+                f"label_smoothing has no meaning for {problem_type}: it mixes one-hot targets with the uniform "
+                "distribution. Set it to 0."
+            )
+        self.alpha = alpha
+        self.problem_type = problem_type
+        self.label_smoothing = label_smoothing
+
+    def forward(self, logits_a: Tensor, logits_b: Tensor, labels: Tensor, *more_logits: Tensor) -> RDropLossOutput:
+        """Compute loss, CE and KL.
+
+        Args:
+            logits_a: `[..., C]` scores of the first pass; `[...]` or `[..., K]` predictions for regression.
+            logits_b: the same of the second pass.
+            labels: `[...]` class indices, -100 where ignored; `[..., C]` 0/1 for multi-label; targets of the shape of
+                the predictions (or without a last dimension of 1) for regression.
+            more_logits: the same of further passes (m > 2).
+
+        Returns:
+            `RDropLossOutput(loss, ce, kl)`, scalars; all 0 when every label is -100.
+
+        Raises:
+            ValueError: if shapes do not fit.
+        """
+        passes = (logits_a, logits_b, *more_logits)
+        if any(logits.shape != logits_a.shape for logits in passes):
+            raise ValueError(f"All passes must have one shape, got {[tuple(logits.shape) for logits in passes]}.")
+        logits = torch.stack(passes)
+        if self.problem_type == "single_label_classification":
+            if labels.shape != logits_a.shape[:-1]:
+                raise ValueError(_shape_message(labels, "one class index per item", logits_a.shape[:-1]))
+            mask = labels != -100
+            targets = labels.expand(len(passes), *labels.shape)
+            ce_sum = F.cross_entropy(
+                logits.flatten(0, -2).float() if logits.dtype != torch.float64 else logits.flatten(0, -2),
+                targets.flatten(),
+                ignore_index=-100,
+                reduction="sum",
+                label_smoothing=self.label_smoothing,
+            )
+            ce = ce_sum / (mask.sum() * len(passes)).clamp(min=1)
+            kl = AGREEMENTS[self.problem_type](logits, mask)
+        else:
+            if self.problem_type == "regression" and logits_a.shape == (*labels.shape, 1):
+                logits = logits.squeeze(-1)
+            if labels.shape != logits.shape[1:]:
+                raise ValueError(_shape_message(labels, "one target per score", logits.shape[1:]))
+            criterion = F.mse_loss if self.problem_type == "regression" else F.binary_cross_entropy_with_logits
+            ce = criterion(logits, labels.to(logits.dtype).expand_as(logits))
+            kl = AGREEMENTS[self.problem_type](logits, None)
+        return RDropLossOutput(ce + self.alpha / 2 * kl, ce, kl)
+
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha}, problem_type={self.problem_type!r}, label_smoothing={self.label_smoothing}"
+
+
+def _shape_message(labels: Tensor, wanted: str, shape: torch.Size) -> str:
+    return f"The labels have shape {tuple(labels.shape)}, but {wanted} is needed: {tuple(shape)}."

@@ -1,0 +1,257 @@
+"""R-Drop for any Hugging Face `Trainer`, through `compute_loss`."""
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
+
+from .batch import NON_BATCH_INPUTS, first_pass, get_batch_size, repeat_batch
+from .checks import check_batch, check_training_setup
+from .dropout import inspect_dropout, set_dropout
+from .heads import find_logits, resolve_head, valid_items
+from .training_args import RDropArguments
+
+if TYPE_CHECKING:
+    _AnyTrainer = Trainer
+else:
+    _AnyTrainer = object  # the mixin calls what every Trainer has, but derives from none
+
+logger = logging.get_logger(__name__)
+
+# The agreement is called inert when alpha/2 * KL is below this share of CE over this many first steps.
+INERT_SHARE, INERT_STEPS = 0.01, 100
+
+
+class RDropMixin(_AnyTrainer):
+    """Makes the objective of the `Trainer` class it is mixed in before R-Drop's: ``class T(RDropMixin, MyTrainer)``.
+
+    In training, each batch is repeated (`[x; x]`, one forward, two dropout masks) and
+
+        loss = mean_j CE_j + rdrop_alpha / 2 * mean_{i<j} sKL(P_i, P_j)
+
+    where CE is whatever the parent's `compute_loss` returns for the repeated batch (label smoothing,
+    `compute_loss_func`, class weights and so on stay the parent's own). Evaluation and prediction are one plain pass.
+    With `rdrop_alpha=0` nothing is repeated: the parent's loss.
+
+    The loss is a mean over the valid items (labels that are not -100) of the whole optimizer step: however the rows
+    are divided over gradient accumulation and processes, loss and gradients are the same, also with `rdrop_alpha=0`
+    and also for the many heads that ignore `num_items_in_batch`.
+
+    Every training log line gains `ce_loss` and `kl_loss` with ``loss = ce_loss + rdrop_alpha / 2 * kl_loss``, and
+    `kl_share`, the agreement's part of the loss, (alpha / 2 * KL) / CE. `kl_loss` is 0 when alpha is.
+
+    Args (of the `args` given to the Trainer; their defaults hold for a plain `TrainingArguments`):
+        rdrop_alpha: weight of the agreement, >= 0.
+        rdrop_passes: number of passes m, >= 2.
+        rdrop_dropout: when given, `set_dropout(model, rdrop_dropout)` is applied to the model.
+
+    Raises:
+        ValueError: before the first step, when the set-up cannot work (nothing stochastic in the model, unsupported
+            head, packed batches, sequence parallelism, several GPUs in one process).
+
+    Attributes:
+        non_batch_inputs: names of model inputs that are not per example, which are never repeated; extend it in a
+            subclass when your model takes such inputs.
+
+    Source: Liang et al. 2021 (arXiv 2106.14448).
+    """
+
+    non_batch_inputs: frozenset[str] = NON_BATCH_INPUTS
+    compute_loss_func: Callable[..., Tensor] | None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Have the Trainer count the valid items of each optimizer step whatever the model accepts, and take our loss
+        # as scaled whenever it has counted: `compute_loss` does the division.
+        self.model_accepts_loss_kwargs, self.loss_is_scaled_for_ga = True, None
+        self._loss_sums: Tensor | None = None
+        self._early_sums: Tensor | None = None
+        self._inert_checked = False
+        self._apply_dropout(self.model)
+        if self.compute_loss_func is not None:
+            self.compute_loss_func = self._as_mean(self.compute_loss_func)
+        self.add_callback(_RDropCallback(self))
+
+    # ---- Set-up ----
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        model = super().call_model_init(trial)
+        self._apply_dropout(model)
+        return model
+
+    def _apply_dropout(self, model: Any) -> None:
+        if (p := self.rdrop_argument("dropout")) is not None:
+            set_dropout(model, p)
+
+    def rdrop_argument(self, name: str) -> Any:
+        """An R-Drop argument, or its default where `args` is a plain `TrainingArguments`."""
+        return getattr(self.args, f"rdrop_{name}", getattr(RDropArguments, f"rdrop_{name}"))
+
+    def _as_mean(self, loss_func: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Give a user's loss function the count of the labels it sees: a mean, whether it divides by it or not."""
+
+        def mean_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+            return loss_func(outputs, labels, num_items_in_batch=self._count_items({"labels": labels}))
+
+        return mean_loss
+
+    @property
+    def base_model(self) -> nn.Module:
+        model = self.accelerator.unwrap_model(self.model)
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    @property
+    def _shift_labels(self) -> bool:
+        """Whether the head scores position t against label t + 1 (causal language models)."""
+        model = self.base_model
+        return type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() and not getattr(
+            getattr(model, "config", None), "is_encoder_decoder", False
+        )
+
+    def _begin_training(self) -> None:
+        """Refuse what cannot work, with a reason, before the first step; forget what an interrupted run logged."""
+        self._loss_sums = self._early_sums = None
+        self._inert_checked = self.state.global_step >= INERT_STEPS
+        check_training_setup(self)
+
+    # ---- The objective ----
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """R-Drop's loss in training, the plain mean loss of one pass in evaluation. See `RDropMixin`."""
+        alpha = self.rdrop_argument("alpha")
+        passes = self.rdrop_argument("passes") if alpha and model.training else 1
+        if passes == 1:
+            # A copy, because the Trainer pops the labels off the dict when it smooths them.
+            ce, outputs = super().compute_loss(model, dict(inputs), return_outputs=True, num_items_in_batch=None)
+            if not model.training:
+                return (ce, outputs) if return_outputs else ce
+            kl = torch.zeros_like(ce)
+        else:
+            labels = check_batch(self, inputs)
+            size = get_batch_size(inputs, (*self.label_names, "input_ids"))
+            repeated = repeat_batch(inputs, passes, batch_size=size, non_batch_inputs=self.non_batch_inputs)
+            ce, outputs = super().compute_loss(model, repeated, return_outputs=True, num_items_in_batch=None)
+            logits = find_logits(outputs, rows=passes * size)
+            head = resolve_head(getattr(self.base_model, "config", None), logits, labels, passes, self._shift_labels)
+            kl = head.agreement(logits, passes)
+            outputs = first_pass(outputs, passes, size) if return_outputs else None
+
+        count = self._count_items(inputs)
+        if count is not None:
+            ce = torch.where(count > 0, ce, 0)  # the mean over no item is 0 and not nan
+        loss = ce + alpha / 2 * kl if passes > 1 else ce
+        scale = self._step_share(count, num_items_in_batch)
+        self._record(torch.stack((loss.detach(), ce.detach(), kl.detach())) * scale)
+        if num_items_in_batch is not None or self.compute_loss_func is not None:
+            loss = loss * scale  # otherwise `training_step` divides by the accumulation steps
+        return (loss, outputs) if return_outputs else loss
+
+    # ---- Normalisation over the optimizer step ----
+
+    def find_labels(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        found = (inputs[name] for name in ("labels", *self.label_names) if isinstance(inputs.get(name), Tensor))
+        return next(found, None)
+
+    def _count_items(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        labels = self.find_labels(inputs)
+        return None if labels is None else valid_items(labels, self._shift_labels).sum()
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
+        """Valid items of one optimizer step, on all ranks when `average_tokens_across_devices`; for every head."""
+        counts = [count for batch in batch_samples if (count := self._count_items(batch)) is not None]
+        if not counts or len(counts) < len(batch_samples):
+            return None
+        total = torch.stack(counts).sum().to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            total = self.accelerator.gather(total).sum()
+        return total
+
+    def _step_share(self, count: Tensor | None, num_items_in_batch: Any) -> Any:
+        """What a mean over this batch weighs in the mean over the optimizer step (1.0 exactly if it is all of it)."""
+        if num_items_in_batch is None or count is None:
+            return 1 / getattr(self, "current_gradient_accumulation_steps", 1)
+        across = self.args.average_tokens_across_devices
+        ranks = self.accelerator.num_processes if across else 1  # undoes the averaging of gradients over the ranks
+        return count / num_items_in_batch.clamp(min=1) * ranks
+
+    # ---- Logs ----
+
+    def _record(self, sums: Tensor) -> None:
+        """Add (loss, ce, kl) of one batch to the running sums, on the device."""
+        if self._loss_sums is None:
+            self._loss_sums, self._sums_since = torch.zeros_like(sums), self.state.global_step
+        if self.args.logging_nan_inf_filter:  # as the Trainer does for `loss`: the average so far instead of a nan
+            average = self._loss_sums / (1 + self.state.global_step - self._sums_since)
+            sums = torch.where(sums[0].isfinite(), sums, average)
+        self._loss_sums += sums
+        if not self._inert_checked and self.is_in_train:
+            self._early_sums = sums if self._early_sums is None else self._early_sums + sums
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs and self._loss_sums is not None:
+            steps = max(1, self.state.global_step - self._sums_since)
+            _, ce, kl = (self.accelerator.gather(self._loss_sums[None]).mean(0) / steps).tolist()
+            logs["ce_loss"], logs["kl_loss"] = ce, kl
+            logs["kl_share"] = self.rdrop_argument("alpha") / 2 * kl / ce if ce else 0.0
+            self._loss_sums = None
+        super().log(logs, *args, **kwargs)
+
+    def _warn_if_inert(self) -> None:
+        """Say once, after the first hundred steps, when the agreement term does nothing."""
+        self._inert_checked = True
+        alpha = self.rdrop_argument("alpha")
+        if not alpha or self._early_sums is None:
+            return
+        _, ce, kl = (self._early_sums / INERT_STEPS).tolist()
+        if alpha / 2 * kl < INERT_SHARE * ce:
+            rates = sorted({s.rate for s in inspect_dropout(self.base_model) if s.rate > 0})
+            logger.warning(
+                f"R-Drop: over the first {INERT_STEPS} steps alpha/2 * KL was {alpha / 2 * kl:.2g}, under "
+                f"{INERT_SHARE:.0%} of the cross-entropy ({ce:.2g}): the agreement term hardly changes the training. "
+                f"The sub-models already agree: raise the dropout rate (rdrop_dropout; now {rates}) or rdrop_alpha "
+                f"(now {alpha:g}), or save the second pass with rdrop_alpha=0."
+            )
+        self._early_sums = None
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        passes = self.rdrop_argument("passes") if self.rdrop_argument("alpha") else 1
+        return super().floating_point_ops(inputs) * passes
+
+
+class _RDropCallback(TrainerCallback):
+    """The two moments of training for which Trainer has no method to override."""
+
+    def __init__(self, trainer: RDropMixin) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer._begin_training()  # also when `auto_find_batch_size` starts again
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= INERT_STEPS and not self.trainer._inert_checked:
+            self.trainer._warn_if_inert()
+
+
+class RDropTrainer(RDropMixin, Trainer):
+    """`Trainer` with R-Drop's objective: sequence and token classification. See `RDropMixin`.
+
+    Example:
+        >>> trainer = RDropTrainer(
+        ...     model=model, args=RDropTrainingArguments("out", rdrop_alpha=1.0), train_dataset=train, ...
+        ... )
+        >>> trainer.train()
+    """
+
+
+class RDropSeq2SeqTrainer(RDropMixin, Seq2SeqTrainer):
+    """`Seq2SeqTrainer` with R-Drop's objective: translation, summarisation (`predict_with_generate` included)."""
