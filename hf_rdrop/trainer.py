@@ -1,5 +1,6 @@
 """R-Drop for any Hugging Face `Trainer`, through `compute_loss`."""
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -7,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import logging
 
 from .batch import NON_BATCH_INPUTS, first_pass, get_batch_size, repeat_batch
 from .checks import check_batch, check_training_setup
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 else:
     _AnyTrainer = object  # the mixin calls what every Trainer has, but derives from none
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 # The agreement is called inert when alpha/2 * KL is below this share of CE over this many first steps.
 INERT_SHARE, INERT_STEPS = 0.01, 100
@@ -210,7 +210,7 @@ class RDropMixin(_AnyTrainer):
         """Say once, after the first hundred steps, when the agreement term does nothing."""
         self._inert_checked = True
         alpha = self.rdrop_argument("alpha")
-        if not alpha or self._early_sums is None:
+        if not alpha or self._early_sums is None or not self.is_world_process_zero():
             return
         _, ce, kl = (self._early_sums / INERT_STEPS).tolist()
         if alpha / 2 * kl < INERT_SHARE * ce:

@@ -1,6 +1,7 @@
 """Tiny models and data that every test file uses; no network, no pretrained weights."""
 
 import os
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -13,6 +14,7 @@ from transformers import (
     BertForTokenClassification,
     MarianConfig,
     MarianMTModel,
+    Seq2SeqTrainer,
     default_data_collator,
     set_seed,
 )
@@ -28,20 +30,43 @@ def make_model(head: str, dropout: float = 0.1, **config):
     if head == "seq2seq":
         return MarianMTModel(
             MarianConfig(
-                vocab_size=VOCAB, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
-                decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=32,
-                pad_token_id=0, eos_token_id=1, bos_token_id=2, decoder_start_token_id=0, forced_eos_token_id=1,
-                dropout=dropout, attention_dropout=dropout, activation_dropout=dropout, init_std=0.3, **config,
-            )  # fmt: skip
+                vocab_size=VOCAB,
+                d_model=16,
+                encoder_layers=1,
+                decoder_layers=1,
+                encoder_attention_heads=2,
+                decoder_attention_heads=2,
+                encoder_ffn_dim=32,
+                decoder_ffn_dim=32,
+                max_position_embeddings=32,
+                pad_token_id=0,
+                eos_token_id=1,
+                bos_token_id=2,
+                decoder_start_token_id=0,
+                forced_eos_token_id=1,
+                dropout=dropout,
+                attention_dropout=dropout,
+                activation_dropout=dropout,
+                init_std=0.3,
+                **config,
+            )
         )
     labels = {"single": 3, "multi": 4, "regression": 1, "token": 5}[head]
     if head in ("multi", "regression"):
         config["problem_type"] = {"multi": "multi_label_classification", "regression": "regression"}[head]
     bert = BertConfig(
-        vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
-        max_position_embeddings=32, num_labels=labels, hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=dropout, initializer_range=0.3, **config,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=32,
+        num_labels=labels,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+        initializer_range=0.3,
+        **config,
+    )
     return (BertForTokenClassification if head == "token" else BertForSequenceClassification)(bert)
 
 
@@ -85,6 +110,41 @@ def make_collator(head: str, model):
         return batch
 
     return collate
+
+
+def train(model, head="single", trainer_class=None, rows=None, trainer_kwargs=None, **args):
+    """A short CPU run over `make_rows`, every step logged, nothing saved; returns the trainer."""
+    from hf_rdrop import RDropSeq2SeqTrainingArguments, RDropTrainer, RDropTrainingArguments
+
+    trainer_class = trainer_class or RDropTrainer
+    seq2seq = issubclass(trainer_class, Seq2SeqTrainer)
+    args_class = args.pop("args_class", RDropSeq2SeqTrainingArguments if seq2seq else RDropTrainingArguments)
+    defaults = {
+        "output_dir": tempfile.mkdtemp(prefix="hf_rdrop-test-"),
+        "max_steps": 2,
+        "logging_steps": 1,
+        "per_device_train_batch_size": 16,
+        "lr_scheduler_type": "constant",
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+    }
+    trainer = trainer_class(
+        model=model,
+        args=args_class(**{**defaults, **args}),
+        train_dataset=make_rows(head, 32) if rows is None else rows,
+        eval_dataset=make_rows(head, 11, seed=1),
+        data_collator=make_collator(head, model),
+        **(trainer_kwargs or {}),
+    )
+    trainer.train()
+    return trainer
+
+
+def step_logs(trainer):
+    """The log lines of optimizer steps (not of evaluation or of the end of training)."""
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
 HEADS = ("single", "multi", "regression", "token", "seq2seq")

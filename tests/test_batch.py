@@ -1,0 +1,79 @@
+"""Repeating a batch and cutting outputs back."""
+
+import pytest
+import torch
+from transformers import BatchEncoding
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from hf_rdrop.batch import first_pass, get_batch_size, repeat_batch, split_passes, stack_passes
+
+
+def test_every_tensor_with_a_batch_dimension_is_repeated_pass_after_pass():
+    batch = {
+        "input_ids": torch.tensor([[1, 2], [3, 4]]),
+        "labels": torch.tensor([0, 1]),
+        "nested": {"pixel_values": torch.arange(2.0)[:, None], "pair": (torch.tensor([5, 6]), torch.zeros(3))},
+        "texts": ["a", "b"],
+        "position_ids": torch.arange(2)[None],
+        "scale": torch.tensor(2.0),
+        "flag": True,
+        "nothing": None,
+    }
+    out = repeat_batch(batch, 3)
+    assert out["input_ids"].tolist() == [[1, 2], [3, 4]] * 3
+    assert out["labels"].tolist() == [0, 1] * 3
+    assert out["nested"]["pixel_values"].shape == (6, 1)
+    assert out["nested"]["pair"][0].tolist() == [5, 6] * 3 and out["nested"]["pair"][1].shape == (3,)
+    assert out["texts"] == ["a", "b"] * 3
+    assert out["position_ids"].shape == (1, 2) and out["scale"].dim() == 0
+    assert out["flag"] is True and out["nothing"] is None
+
+
+def test_the_callers_batch_is_not_changed():
+    batch = {"input_ids": torch.tensor([[1], [2]]), "labels": torch.tensor([0, 1]), "more": {"x": torch.zeros(2)}}
+    kept = {"input_ids": batch["input_ids"].clone(), "labels": batch["labels"].clone()}
+    out = repeat_batch(batch)
+    out["labels"].zero_()
+    out["more"]["x"].fill_(7)
+    assert set(batch) == {"input_ids", "labels", "more"} and batch["more"]["x"].tolist() == [0, 0]
+    assert all(torch.equal(batch[name], value) for name, value in kept.items())
+
+
+def test_inputs_that_are_not_per_example_stay_even_if_their_first_dimension_is_the_batch_size():
+    batch = {"input_ids": torch.zeros(2, 4), "head_mask": torch.ones(2, 8), "class_weights": torch.ones(2)}
+    assert repeat_batch(batch)["head_mask"].shape == (2, 8)
+    assert repeat_batch(batch)["class_weights"].shape == (4,)  # cannot be known ...
+    assert repeat_batch(batch, non_batch_inputs={"class_weights"})["class_weights"].shape == (2,)  # ... unless told
+
+
+def test_batch_of_one_and_a_single_pass():
+    assert repeat_batch({"labels": torch.tensor([1])}, 2)["labels"].tolist() == [1, 1]
+    assert repeat_batch({"labels": torch.tensor([1, 2])}, 1)["labels"].tolist() == [1, 2]
+
+
+def test_batch_size_is_read_off_the_labels_first():
+    assert get_batch_size({"class_weights": torch.ones(5), "labels": torch.zeros(3)}) == 3
+    assert get_batch_size(BatchEncoding({"pixel_values": torch.zeros(4, 2)})) == 4
+    with pytest.raises(ValueError, match="no tensor with a batch dimension"):
+        get_batch_size({"scale": torch.tensor(1.0), "text": "x"})
+
+
+def test_splitting_undoes_repeating_without_a_copy():
+    x = torch.arange(6.0).view(3, 2)
+    repeated = repeat_batch({"labels": x}, 2)["labels"]
+    parts = split_passes(repeated, 2)
+    assert all(torch.equal(part, x) for part in parts)
+    assert stack_passes(repeated, 2).data_ptr() == repeated.data_ptr()
+    with pytest.raises(ValueError, match="5 rows for a batch repeated 2 times"):
+        stack_passes(torch.zeros(5, 1), 2)
+
+
+def test_outputs_are_cut_back_to_the_rows_of_the_batch():
+    logits = torch.arange(8.0).view(4, 2)
+    out = SequenceClassifierOutput(loss=torch.tensor(1.0), logits=logits, hidden_states=(torch.zeros(4, 3, 2),) * 2)
+    cut = first_pass(out, 2, 2)
+    assert isinstance(cut, SequenceClassifierOutput) and torch.equal(cut.logits, logits[:2])
+    assert cut.loss.dim() == 0 and [h.shape[0] for h in cut.hidden_states] == [2, 2]
+    assert out.logits.shape == (4, 2)  # the model's own output is left alone
+    assert [t.shape for t in first_pass((torch.tensor(1.0), logits), 2, 2)] == [torch.Size([]), torch.Size([2, 2])]
+    assert first_pass({"logits": logits, "note": "x"}, 2, 2)["note"] == "x"
