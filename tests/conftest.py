@@ -112,6 +112,16 @@ def make_collator(head: str, model):
     return collate
 
 
+class InOrder(torch.utils.data.IterableDataset):
+    """Rows that are not shuffled."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)
+
+
 def train(model, head="single", trainer_class=None, rows=None, trainer_kwargs=None, **args):
     """A short CPU run over `make_rows`, every step logged, nothing saved; returns the trainer."""
     from hf_rdrop import RDropSeq2SeqTrainingArguments, RDropTrainer, RDropTrainingArguments

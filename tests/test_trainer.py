@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_collator, make_model, make_rows, step_logs, train
+from conftest import InOrder, make_collator, make_model, make_rows, step_logs, train
 from reference import torch_reference
 from torch import nn
 from transformers import Trainer, TrainingArguments
@@ -104,7 +104,7 @@ def test_a_micro_batch_without_valid_items_does_not_disturb_the_others():
     rows = make_rows("token", 8)
     for row in rows[4:]:
         row["labels"] = [-100] * 8
-    args = {"rows": rows, "max_steps": 1, "rdrop_alpha": 2.0, "train_sampling_strategy": "sequential"}
+    args = {"rows": InOrder(rows), "max_steps": 1, "rdrop_alpha": 2.0}
     halves = train(
         make_model("token", 1e-9), "token", per_device_train_batch_size=4, gradient_accumulation_steps=2, **args
     )
@@ -308,10 +308,10 @@ def test_a_users_loss_function_may_divide_by_the_count_or_not(alpha):
             trainer = train(
                 make_model("token", 1e-9),
                 "token",
+                rows=InOrder(make_rows("token", 32)),
                 per_device_train_batch_size=size,
                 gradient_accumulation_steps=steps,
                 rdrop_alpha=alpha,
-                train_sampling_strategy="sequential",
                 trainer_kwargs={"compute_loss_func": loss_func},
             )
             values = [entry[key] for entry in step_logs(trainer) for key in ("loss", "ce_loss", "grad_norm")]
@@ -357,12 +357,13 @@ def test_lora_adapters_train_with_the_base_frozen():
 
 
 def test_resumed_training_is_bit_identical_and_logs_go_on(tmp_path):
-    args = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "logging_steps": 2, "rdrop_alpha": 2.0}
+    """At the end of an epoch: transformers 5.0 itself does not resume bit for bit in the middle of one."""
+    args = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "logging_steps": 2, "rdrop_alpha": 2.0}
     whole = train(make_model("single", 0.3), output_dir=str(tmp_path / "whole"), **args)
 
     class Resuming(RDropTrainer):
         def train(self):
-            return super().train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+            return super().train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
 
     resumed = train(make_model("single", 0.3), "single", Resuming, output_dir=str(tmp_path / "again"), **args)
     assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True))
