@@ -1,0 +1,12 @@
+"""`evaluate.Metric` classes that need no network: what `evaluate.load` would fetch from the Hub, as plain classes.
+
+Needs the `scripts` extra (`evaluate`, `scikit-learn`, `scipy`, `seqeval`, `sacrebleu`); nothing else in `hf_rdrop`
+imports this package.
+"""
+
+from .glue import Glue
+from .sacrebleu import SacreBleu
+from .seqeval import Seqeval
+from .sequence_classification import SequenceClassification
+
+__all__ = ["Glue", "SacreBleu", "Seqeval", "SequenceClassification"]

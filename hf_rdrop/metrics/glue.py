@@ -1,0 +1,87 @@
+"""The metrics of the nine GLUE tasks."""
+
+from typing import Any
+
+import datasets
+import evaluate
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+# Only the module is imported: `evaluate.load("path/to/glue.py")` takes the first Metric class it finds by name here.
+from hf_rdrop.metrics import base
+
+_CITATION = """\
+@inproceedings{wang2019glue,
+  title={{GLUE}: A Multi-Task Benchmark and Analysis Platform for Natural Language Understanding},
+  author={Wang, Alex and Singh, Amanpreet and Michael, Julian and Hill, Felix and Levy, Omer and Bowman, Samuel R.},
+  booktitle={International Conference on Learning Representations},
+  year={2019}
+}"""
+
+_ACCURACY = ("sst2", "mnli", "mnli_matched", "mnli_mismatched", "ax", "hans", "qnli", "rte", "wnli")
+_ACCURACY_AND_F1 = ("mrpc", "qqp")
+GLUE_CONFIGS = ("cola", *_ACCURACY_AND_F1, "stsb", *_ACCURACY)
+
+
+class Glue(base.LocalMetric):
+    """Metric of a GLUE task, with the result keys of Hugging Face's own `glue` metric.
+
+    | config_name | keys |
+    | --- | --- |
+    | cola | matthews_correlation |
+    | mrpc, qqp | accuracy, f1 (of class 1) |
+    | stsb | pearson, spearmanr |
+    | sst2, mnli, mnli_matched, mnli_mismatched, qnli, rte, wnli, ax, hans | accuracy |
+
+    Undefined scores are 0: Matthews correlation and both correlations when a side is constant, and F1 when class 1
+    occurs on neither side.
+
+    Args:
+        config_name (`str`): The task.
+        kwargs: See [`LocalMetric`].
+
+    Raises:
+        ValueError: `config_name` is not a GLUE task.
+
+    Source: Wang et al. 2019, table 1.
+
+    Example:
+
+    ```python
+    >>> from hf_rdrop.metrics import Glue
+    >>> Glue("mrpc").compute(predictions=[1, 0, 1, 1], references=[1, 0, 0, 1])
+    {'accuracy': 0.75, 'f1': 0.8}
+
+    ```
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        base.check_config("glue", self.config_name, GLUE_CONFIGS)
+        value = datasets.Value("float64" if self.config_name == "stsb" else "int64")
+        return evaluate.MetricInfo(
+            description="Metrics of the GLUE tasks.",
+            citation=_CITATION,
+            inputs_description="predictions and references `[N]`: class indices, for stsb real numbers.",
+            features=datasets.Features({"predictions": value, "references": value}),
+            format="numpy",
+        )
+
+    def check_inputs(self, predictions: Any, references: Any) -> tuple[list, list]:
+        metric = f"glue/{self.config_name}"
+        if self.config_name == "stsb":
+            return base.check_values(metric, "predictions", predictions), base.check_values(
+                metric, "references", references
+            )
+        binary = self.config_name in _ACCURACY_AND_F1
+        return base.check_labels(metric, "predictions", predictions, binary=binary), base.check_labels(
+            metric, "references", references, binary=binary
+        )
+
+    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
+        if self.config_name == "stsb":
+            return base.correlations(list(predictions), list(references))
+        if self.config_name == "cola":
+            return {"matthews_correlation": float(matthews_corrcoef(references, predictions))}
+        scores = {"accuracy": float(accuracy_score(references, predictions))}
+        if self.config_name in _ACCURACY_AND_F1:
+            scores["f1"] = float(f1_score(references, predictions, zero_division=0.0))
+        return scores

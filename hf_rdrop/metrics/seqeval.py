@@ -1,0 +1,129 @@
+"""Entity-level precision, recall and F1 for token classification."""
+
+import warnings
+from typing import Any
+
+import datasets
+import evaluate
+from seqeval import scheme as schemes
+from seqeval.metrics import accuracy_score, classification_report
+
+from hf_rdrop.metrics import base
+
+_CITATION = """\
+@misc{nakayama2018seqeval,
+  title={{seqeval}: A Python framework for sequence labeling evaluation},
+  author={Hiroki Nakayama},
+  url={https://github.com/chakki-works/seqeval},
+  year={2018}
+}"""
+
+_SCHEMES = ("IOB1", "IOB2", "IOE1", "IOE2", "IOBES", "BILOU")
+
+
+class Seqeval(base.LocalMetric):
+    """Entity-level scores of tag sequences, with the result keys of Hugging Face's own `seqeval` metric.
+
+    An entity counts as found when its type, first and last word are all right. Keys: `overall_precision`,
+    `overall_recall`, `overall_f1` (micro averages over all entities), `overall_accuracy` (share of right tags), and
+    for every type that occurs on either side a `dict` of `precision`, `recall`, `f1`, `number` (of reference
+    entities).
+
+    `predictions` and `references` are lists of tag lists (`"B-person"`, `"I-person"`, `"O"`, ...), without the
+    positions that the labels mark as ignored.
+
+    Options of `compute`:
+        suffix (`bool`, defaults to `False`): Tags are written type first (`"person-B"`).
+        mode (`str`, *optional*): `None` reads tags as the conlleval script does (an `I-` after `O` starts an entity);
+            `"strict"` counts only entities that `scheme` allows.
+        scheme (`str`, *optional*): Of `"strict"`: `"IOB1"`, `"IOB2"`, `"IOE1"`, `"IOE2"`, `"IOBES"` or `"BILOU"`;
+            detected from the tags when left out.
+        zero_division (`0`, `1` or `"warn"`, defaults to 0): Value of an undefined score (no entities on a side).
+
+    Raises:
+        ValueError: Sequences differ in length, tags are not strings, no tag at all, or an unknown option.
+
+    Source: Ramshaw and Marcus 1995; Nakayama 2018 (seqeval).
+
+    Example:
+
+    ```python
+    >>> from hf_rdrop.metrics import Seqeval
+    >>> tags = [["B-person", "I-person", "O"]]
+    >>> Seqeval().compute(predictions=tags, references=tags)["overall_f1"]
+    1.0
+
+    ```
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        tags = datasets.Sequence(datasets.Value("string"))
+        return evaluate.MetricInfo(
+            description="Entity-level scores of tag sequences.",
+            citation=_CITATION,
+            inputs_description="predictions and references: lists of tag lists.",
+            features=datasets.Features({"predictions": tags, "references": tags}),
+            reference_urls=["https://github.com/chakki-works/seqeval"],
+        )
+
+    def check_inputs(self, predictions: Any, references: Any) -> tuple[list, list]:
+        for index, (predicted, reference) in enumerate(zip(predictions, references, strict=True)):
+            for tags in (predicted, reference):
+                if isinstance(tags, str) or not all(isinstance(tag, str) and tag for tag in tags):
+                    raise ValueError(
+                        f"seqeval: sequence {index} is not a list of tag strings ({tags!r:.60}); map label ids to "
+                        "their names first."
+                    )
+            if len(predicted) != len(reference):
+                raise ValueError(
+                    f"seqeval: sequence {index} has {len(predicted)} predicted tags for {len(reference)} reference "
+                    "tags; drop ignored positions from both."
+                )
+        # str(): numpy strings are not what Arrow takes
+        return [[str(tag) for tag in tags] for tags in predictions], [[str(t) for t in tags] for tags in references]
+
+    def _compute(
+        self,
+        predictions: Any,
+        references: Any,
+        suffix: bool = False,
+        scheme: str | None = None,
+        mode: str | None = None,
+        zero_division: int | str = 0,
+    ) -> dict[str, Any]:
+        if scheme is not None and scheme not in _SCHEMES:
+            raise ValueError(f"seqeval: scheme={scheme!r} is unknown; choose from {', '.join(_SCHEMES)}.")
+        if mode not in (None, "strict"):
+            raise ValueError(f"seqeval: mode={mode!r} is unknown; give None or 'strict'.")
+        if zero_division not in (0, 1, "warn"):
+            raise ValueError(f"seqeval: zero_division={zero_division!r} is unknown; give 0, 1 or 'warn'.")
+        y_pred, y_true = [list(tags) for tags in predictions], [list(tags) for tags in references]
+        if not any(y_true):
+            raise ValueError("seqeval: all sequences are empty; a score needs at least one tag.")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # its macro average over no entities, which is not used
+            report = classification_report(
+                y_true=y_true,
+                y_pred=y_pred,
+                suffix=suffix,
+                output_dict=True,
+                mode=mode,
+                zero_division=zero_division,
+                scheme=getattr(schemes, scheme) if scheme else None,
+            )
+        overall = report["micro avg"]
+        scores: dict[str, Any] = {
+            name: {
+                "precision": float(row["precision"]),
+                "recall": float(row["recall"]),
+                "f1": float(row["f1-score"]),
+                "number": int(row["support"]),
+            }
+            for name, row in report.items()
+            if name not in ("micro avg", "macro avg", "weighted avg")
+        }
+        scores["overall_precision"] = float(overall["precision"])
+        scores["overall_recall"] = float(overall["recall"])
+        scores["overall_f1"] = float(overall["f1-score"])
+        scores["overall_accuracy"] = float(accuracy_score(y_true, y_pred))
+        return scores

@@ -1,0 +1,314 @@
+"""What the training scripts share around the Trainer: command line, output folder, resuming, results."""
+
+import json
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from data_files import closest
+from torch.utils.data import Sampler
+from transformers import HfArgumentParser, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from hf_rdrop.checks import check_training_setup
+
+logger = logging.getLogger(__name__)
+
+LAST_RESULT_FILE = "all_results.json"  # written after everything else: only a finished run has it
+RESULT_FILES = (
+    *("train_results.json", "eval_results.json", "predict_results.json", "trainer_state.json"),
+    *("predict_results*.txt", "predictions.txt", "generated_predictions.txt"),
+)
+
+
+# ---- Command line ----
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> None:
+        raise ValueError(message)  # instead of hundreds of lines of usage
+
+
+def parse_arguments(classes: Sequence[type], argv: list[str] | None, description: str | None) -> list[Any]:
+    """Fill the dataclasses from the command line, or from the single .json file that it names.
+
+    Raises:
+        ValueError: an argument is unknown, missing, of the wrong type or out of range.
+    """
+    parser = _Parser(classes, description=(description or "").replace("%", "%%"), allow_abbrev=False)
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if len(argv) == 1 and argv[0].endswith(".json"):
+        argv = _json_arguments(parser, Path(argv[0]))
+    *parsed, unknown = parser.parse_args_into_dataclasses(
+        argv, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        known = [option for action in parser._actions for option in action.option_strings]
+        raise ValueError(f"unknown argument {unknown[0]}{closest(unknown[0], known)}. --help lists all arguments.")
+    return parsed
+
+
+def _json_arguments(parser: HfArgumentParser, file: Path) -> list[str]:
+    """Turn an argument file into a command line, so that both are checked in the same way."""
+    try:
+        values = json.loads(file.read_text("utf-8"))
+    except OSError as error:
+        raise ValueError(f"the argument file {file} cannot be read ({error.strerror}).") from error
+    except ValueError as error:
+        raise ValueError(f"the argument file {file} is malformed JSON ({error}).") from error
+    if not isinstance(values, dict):
+        raise ValueError(f'the argument file {file} must hold one JSON object such as {{"rdrop_alpha": 1.0}}.')
+    actions = {action.dest: action for action in parser._actions}
+    argv = []
+    for name, value in values.items():
+        if name not in actions:
+            raise ValueError(f"unknown argument {name!r} in {file}{closest(name, actions)}.")
+        if isinstance(value, list):
+            actions[name].nargs = "+"
+            argv += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            argv.append(f"--{name}={value if isinstance(value, str) else json.dumps(value)}")
+    return argv
+
+
+def cli(main: Callable[[], Any]) -> None:
+    """Run a script: an error of the user's ends it with one message and status 2, without a traceback."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        if os.environ.get("HF_RDROP_DEBUG", "0") not in ("", "0"):
+            traceback.print_exc()
+        rank = os.environ.get("RANK", "0")
+        print(f"error{'' if rank == '0' else f' (rank {rank})'}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+# ---- Before training: nothing here changes anything on disk ----
+
+
+def start_run(args: TrainingArguments) -> str | None:
+    """Set up logging and seeds, check the output folder, and return the checkpoint to resume from, if any.
+
+    Raises:
+        ValueError: there is nothing to do, the output folder is in use, or there is no such checkpoint.
+    """
+    logging.basicConfig(
+        format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", datefmt="%m/%d/%Y %H:%M:%S", level=logging.WARN
+    )
+    scripts_level = logging.INFO if args.should_log else logging.ERROR
+    for name in ("common", "labels", "model_loading", "run_glue", "run_ner", "run_translation", "__main__"):
+        logging.getLogger(name).setLevel(scripts_level)
+    if args.disable_tqdm or not args.should_log:
+        datasets.disable_progress_bars()
+    if not (args.do_train or args.do_eval or args.do_predict):
+        raise ValueError("nothing to do: give at least one of --do_train, --do_eval and --do_predict.")
+    set_seed(args.seed)
+    return find_checkpoint(args.output_dir, args.resume_from_checkpoint, args.do_train)
+
+
+def find_checkpoint(output_dir: str, resume: str | None, training: bool = True) -> str | None:
+    """The checkpoint that `--resume_from_checkpoint` names; checks that a new run finds its output folder empty."""
+    folder = Path(output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output_dir {folder} is a file: the run needs a folder. Choose another name.")
+    if not training:
+        return None
+    checkpoints = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit() and _is_complete(path)]
+    last = max(checkpoints, key=lambda path: int(path.name[11:]), default=None)
+    if resume is None:
+        if folder.is_dir() and any(folder.iterdir()):
+            go_on = f"go on from {last.name} with --resume_from_checkpoint last, or " if last else ""
+            raise ValueError(
+                f"--output_dir {folder} is not empty, and a new run would mix its files with those there. Nothing was "
+                f"changed. To train, {go_on}choose another folder (or empty this one yourself)."
+            )
+        return None
+    if resume.lower() in ("true", "last"):
+        if last is None:
+            raise ValueError(
+                f"--resume_from_checkpoint {resume}: {folder} holds no complete checkpoint. Start anew in another "
+                "--output_dir, or name the folder of a checkpoint."
+            )
+        return str(last)
+    if not _is_complete(Path(resume)):
+        raise ValueError(
+            f"--resume_from_checkpoint {resume} is no complete checkpoint (a folder with trainer_state.json). Name a "
+            "checkpoint-* folder, or `last` for the newest in --output_dir."
+        )
+    return resume
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    try:  # the state is what a checkpoint writes last, so a run killed while it saved leaves none, or half of one
+        return bool(json.loads((checkpoint / "trainer_state.json").read_text("utf-8")))
+    except (OSError, ValueError):
+        return False
+
+
+# ---- Training ----
+
+
+def padding_multiple(args: TrainingArguments) -> int | None:
+    """Lengths that are a multiple of 8 are faster on GPUs at half precision, and only slower elsewhere."""
+    return 8 if (args.fp16 or args.bf16) and args.device.type == "cuda" else None
+
+
+class EpochSeededSampler(Sampler):
+    """Length grouping in an order that seed and epoch alone decide.
+
+    The Trainer's own draws from the global generator, so the order would depend on how many random numbers dropout
+    used up (on alpha, that is), would differ between ranks, and would change when a run is resumed within an epoch.
+    """
+
+    def __init__(self, grouped: LengthGroupedSampler, seed: int) -> None:
+        self.grouped, self.seed, self.epoch = grouped, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.grouped)
+
+    def __iter__(self) -> Iterator[int]:
+        self.grouped.generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(self.grouped)
+
+
+class ScriptMixin:
+    """What the scripts need of any Trainer: rows in a known order, and no trace of a run that was refused.
+
+    - The order of the training data depends on the seed and the epoch only, whatever alpha is.
+    - Evaluation and prediction keep the order of the rows (length grouping would reorder predictions as well), and
+      drop the rows that fill up the last batch when there are several processes.
+    - What cannot work is refused before the first step, without leaving an output folder behind.
+    """
+
+    def __init__(self, *, args: TrainingArguments, **kwargs: Any) -> None:
+        self._own_folder = not Path(args.output_dir).exists()
+        try:
+            super().__init__(args=args, **kwargs)
+            if args.do_train:
+                check_training_setup(self)
+        except Exception:
+            self._leave_nothing_behind(args)
+            raise
+
+    def _leave_nothing_behind(self, args: TrainingArguments) -> None:
+        folder = Path(args.output_dir)
+        if self._own_folder and args.should_save and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler | None:
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return EpochSeededSampler(sampler, seed) if isinstance(sampler, LengthGroupedSampler) else sampler
+
+    def _get_eval_sampler(self, *args: Any, **kwargs: Any) -> None:
+        return None  # in the order of the rows
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self.gather_function = self.accelerator.gather_for_metrics  # Seq2SeqTrainer sets one that keeps filling rows
+        return super().evaluation_loop(*args, **kwargs)
+
+    def run_training(self, checkpoint: str | None) -> dict[str, float]:
+        """Train, save the model, and return the training metrics."""
+        progress = _RunProgress()
+        self.add_callback(progress)
+        try:
+            metrics = self.train(resume_from_checkpoint=checkpoint).metrics
+        except Exception as error:
+            if progress.stepped and isinstance(error, (ValueError, OSError)):
+                raise RuntimeError(
+                    f"training failed at step {self.state.global_step}; after removing the cause, go on from the last "
+                    "checkpoint, if there is one, with --resume_from_checkpoint last"
+                ) from error  # with its traceback, as it need not be the user's
+            if not progress.stepped:
+                self._leave_nothing_behind(self.args)
+            raise
+        self.save_model()
+        return {**metrics, "train_samples": len(self.train_dataset)}
+
+    def finish(
+        self, results: dict[str, dict[str, Any]], files: dict[str, str] | None = None, **card: Any
+    ) -> dict[str, Any]:
+        """Write the result files, all_results.json last, and the model card; push to the Hub if asked to.
+
+        Args:
+            results: metrics by `train`, `eval` and `predict`.
+            files: further files, text by name (predictions).
+            card: arguments of `create_model_card`.
+
+        Returns:
+            All metrics of this run together.
+        """
+        folder, combined = Path(self.args.output_dir), {}
+        for split, metrics in results.items():
+            self.log_metrics(split, metrics)
+            combined.update(metrics)
+        if self.is_world_process_zero():
+            for name, text in (files or {}).items():
+                write_file(folder / name, text)
+            for split, metrics in results.items():
+                write_json(folder / f"{split}_results.json", metrics)
+            if self.args.do_train:
+                write_file(folder / "trainer_state.json", lambda path: self.state.save_to_json(str(path)))
+            earlier = {} if self.args.do_train else read_json(folder / LAST_RESULT_FILE)
+            write_json(folder / LAST_RESULT_FILE, {**earlier, **combined})
+        if self.args.push_to_hub:
+            self.push_to_hub(**card)
+        elif self.args.do_train:
+            self.create_model_card(**card)
+        return combined
+
+
+class _RunProgress(TrainerCallback):
+    """Takes away the results of an earlier part of the run when training goes on; notes that a step was made."""
+
+    stepped = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            remove_results(Path(args.output_dir))
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # accelerate does not hand the epoch through to the sampler when several processes resume within an epoch.
+        kwargs["train_dataloader"].set_epoch(int(state.epoch or 0))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.stepped = True
+
+
+# ---- Files that are either whole or not there ----
+
+
+def remove_results(folder: Path) -> None:
+    """Take away the results of an earlier part of a run that goes on: they are not those of its end."""
+    for pattern in (LAST_RESULT_FILE, *RESULT_FILES):
+        for file in folder.glob(pattern):
+            file.unlink()
+
+
+def write_file(path: Path, content: str | Callable[[Path], None]) -> None:
+    """Write a file at once: a run that is killed leaves the old file or the new one, never half of it."""
+    part = path.with_name(f".{path.name}.part")
+    if callable(content):
+        content(part)
+    else:
+        part.write_text(content, encoding="utf-8")
+    os.replace(part, path)
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write metrics as the Transformers scripts do: sorted, indented by four."""
+    write_file(path, json.dumps(values, indent=4, sort_keys=True) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What a JSON file holds, or nothing when it is not there."""
+    return json.loads(path.read_text("utf-8")) if path.is_file() else {}

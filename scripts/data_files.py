@@ -1,0 +1,248 @@
+"""Where the scripts' examples come from: csv, tsv, json and jsonl files (also .gz), or a data set of the Hub.
+
+Files are read here and not by `load_dataset`, because a fault is then told with its line, nothing is taken from a
+stale cache, text such as "null" or "007" stays text, and no request leaves the machine.
+"""
+
+import csv
+import difflib
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+from datasets import Dataset
+
+FORMATS = (".csv", ".tsv", ".json", ".jsonl")
+FILE_ARGUMENTS = {"train": "train_file", "validation": "validation_file", "test": "test_file"}
+
+
+@dataclass
+class DataArguments:
+    """Arguments of all scripts about the data: a data set of the Hub (or a local folder of one), or files."""
+
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Data set of the Hub, or a local folder, as datasets.load_dataset takes it."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of --dataset_name."})
+    train_file: str | None = field(
+        default=None, metadata={"help": "Training data: .csv, .tsv (tabs, no quoting), .json or .jsonl, also .gz."}
+    )
+    validation_file: str | None = field(default=None, metadata={"help": "Validation data, in the same formats."})
+    test_file: str | None = field(default=None, metadata={"help": "Data to predict; labels may be missing or -1."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first N training rows."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first N validation rows."})
+    max_predict_samples: int | None = field(default=None, metadata={"help": "Predict only the first N test rows."})
+    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes for the tokenization."})
+    overwrite_cache: bool = field(default=False, metadata={"help": "Redo the tokenization of a cached data set."})
+    pad_to_max_length: bool = field(
+        default=False,
+        metadata={
+            "help": "Pad every row to the maximum length instead of to its batch's longest (R-Drop pays twice)."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("max_train_samples", "max_eval_samples", "max_predict_samples", "preprocessing_num_workers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} must be at least 1, got {value}: leave it out to use everything.")
+        if self.dataset_name and any(getattr(self, name) for name in FILE_ARGUMENTS.values()):
+            raise ValueError("--dataset_name and files were both given: it is unclear which to use. Give one of them.")
+
+    def truncate(self, dataset: Dataset, split: str) -> Dataset:
+        """The first rows of a split, as --max_*_samples says."""
+        name = {"train": "max_train_samples", "test": "max_predict_samples"}.get(split.split("_")[0])
+        limit = getattr(self, name or "max_eval_samples")
+        return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
+
+
+def load_splits(data_args: DataArguments, model_args: Any, splits: Iterable[str]) -> dict[str, Dataset]:
+    """Load the splits that the run needs.
+
+    Raises:
+        ValueError: a split has no source, a file cannot be read or is empty, or the data set cannot be loaded.
+    """
+    if data_args.dataset_name:
+        return _load_from_hub(data_args, model_args, splits)
+    loaded = {}
+    for split in splits:
+        argument = FILE_ARGUMENTS[split.split("_")[0]]
+        path = getattr(data_args, argument)
+        if path is None:
+            task = {"train": "--do_train", "validation": "--do_eval", "test": "--do_predict"}[split.split("_")[0]]
+            raise ValueError(f"{task} needs data: give --{argument} (or --dataset_name for a data set of the Hub).")
+        loaded[split] = read_table(path)
+    return loaded
+
+
+def _load_from_hub(data_args: DataArguments, model_args: Any, splits: Iterable[str]) -> dict[str, Dataset]:
+    name = " ".join(filter(None, (data_args.dataset_name, data_args.dataset_config_name)))
+    try:
+        loaded = datasets.load_dataset(
+            data_args.dataset_name,
+            data_args.dataset_config_name,
+            cache_dir=model_args.cache_dir,
+            token=model_args.token,
+        )
+    except Exception as error:  # many kinds, from the Hub, the network and the data set's own files
+        raise ValueError(
+            f"the data set {name} could not be loaded ({type(error).__name__}: {error}). Check --dataset_name and "
+            "--dataset_config_name; without a network, give local files with --train_file and --validation_file."
+        ) from error
+    for split in splits:
+        if split not in loaded:
+            raise ValueError(
+                f"the data set {name} has no split {split!r}, only {', '.join(loaded)}: give the data as files, or "
+                "leave out the step that needs it (--do_train, --do_eval, --do_predict)."
+            )
+        if len(loaded[split]) == 0:
+            raise ValueError(f"split {split!r} of the data set {name} has no rows: nothing to work on.")
+    return {split: loaded[split] for split in splits}
+
+
+def read_table(path: str) -> Dataset:
+    """Read one csv, tsv, json or jsonl file (also .gz) into memory.
+
+    Raises:
+        ValueError: with the file, and the line or row where the fault is.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        kind = "is a folder" if file.is_dir() else "does not exist"
+        raise ValueError(f"{path} {kind}: give the path of a data file ({', '.join(FORMATS)}, also .gz).")
+    suffix = file.with_suffix("").suffix if file.suffix == ".gz" else file.suffix
+    if suffix not in FORMATS:
+        raise ValueError(f"{path} is of no known format: the name must end in {', '.join(FORMATS)}, also with .gz.")
+    text = _read_text(file)
+    rows = list(_csv_rows(file, text, suffix) if suffix in (".csv", ".tsv") else _json_rows(file, text))
+    if not rows:
+        raise ValueError(f"{path} is empty: it holds no example. Check that it was written completely.")
+    names = dict.fromkeys(name for row in rows for name in row)
+    return Dataset(pa.table({name: _column(file, name, [row.get(name) for row in rows]) for name in names}))
+
+
+def _read_text(file: Path) -> str:
+    try:
+        data = file.read_bytes()
+        if file.suffix == ".gz":
+            data = gzip.decompress(data)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{file} is not a complete gzip file ({error}): compress or copy it again.") from error
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{file}, line {line}: not UTF-8 text ({error.reason}). Convert the file to UTF-8."
+        ) from error
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise ValueError(f"{file}, line {line}: holds a NUL byte, so it is no text file. Give UTF-8 text.")
+    return text
+
+
+def _json_rows(file: Path, text: str) -> Iterator[dict[str, Any]]:
+    if text.lstrip().startswith("["):
+        try:
+            rows = list(enumerate(json.loads(text), 1))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file}, line {error.lineno}: malformed JSON ({error.msg}).") from error
+        place = "row"
+    else:
+        rows, place = list(_json_lines(file, text)), "line"
+    for number, row in rows:
+        if not isinstance(row, dict):
+            raise ValueError(
+                f"{file}, {place} {number}: {row!r:.60} is no JSON object. Each row must be an object such as "
+                '{"sentence": "...", "label": 0}.'
+            )
+        yield row
+
+
+def _json_lines(file: Path, text: str) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines(): strings may hold U+2028 and its like
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"{file}, line {number}: malformed JSON ({error.msg} at column {error.colno}): {line[:60]!r}. "
+                    "Each line must be one complete JSON object."
+                ) from error
+
+
+def _csv_rows(file: Path, text: str, suffix: str) -> Iterator[dict[str, str]]:
+    csv.field_size_limit(2**31 - 1)
+    # Tab-separated files (GLUE's own among them) hold single quotation marks as plain text.
+    style: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if suffix == ".tsv" else {"strict": True}
+    reader = csv.reader(io.StringIO(text, newline=""), **style)
+    try:
+        header = next(reader, [])
+        if repeated := {name for name in header if header.count(name) > 1}:
+            raise ValueError(
+                f"{file}, line 1: the header names {sorted(repeated)} more than once. Rename the columns."
+            )
+        for row in reader:
+            if row and len(row) != len(header):
+                raise ValueError(
+                    f"{file}, line {reader.line_num}: {len(row)} fields, but the header has {len(header)} "
+                    f"({', '.join(header)}). A field that holds the separator must be put in quotation marks (csv)."
+                )
+            if row:
+                yield dict(zip(header, row, strict=True))
+    except csv.Error as error:
+        raise ValueError(f"{file}, line {reader.line_num}: malformed {suffix[1:]} ({error}).") from error
+
+
+def _column(file: Path, name: str, values: list[Any]) -> pa.Array:
+    try:
+        return pa.array(values)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+        first = next(row for row, value in enumerate(values) if value is not None)
+        odd = next((row for row in range(len(values)) if not _fit(values[first], values[row])), None)
+        found = f"row {first + 1} holds {values[first]!r:.60}, row {(odd or 0) + 1} {values[odd or 0]!r:.60}"
+        found = found if odd is not None else str(error)
+        raise ValueError(f"{file}, column {name!r}: values of more than one type ({found}). Use one type.") from error
+
+
+def _fit(*values: Any) -> bool:
+    try:
+        return pa.array(values) is not None
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
+        return False
+
+
+def require_columns(dataset: Dataset, columns: Iterable[str], split: str, argument: str | None = None) -> None:
+    """Raise `ValueError` when a column is missing, with the columns there are and the closest name."""
+    for name in columns:
+        if name not in dataset.column_names:
+            advice = f"Rename it in the data, or give --{argument}." if argument else "Rename it in the data."
+            raise ValueError(
+                f"the {split} data have no column {name!r}{closest(name, dataset.column_names)}: their columns are "
+                f"{', '.join(dataset.column_names)}. {advice}"
+            )
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """` (did you mean 'x'?)`, or nothing when no known name is near."""
+    near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def check_text(dataset: Dataset, columns: Iterable[str], split: str) -> None:
+    """Raise `ValueError` unless every value of these columns is text; names the first row that is not."""
+    for name in columns:
+        if dataset.features[name] != datasets.Value("string") or dataset.data.column(name).null_count:
+            for row, value in enumerate(dataset[name], 1):
+                if not isinstance(value, str):
+                    raise ValueError(
+                        f"row {row} of the {split} data: column {name!r} holds {value!r:.60}, which is no text. "
+                        "Fill it in, remove the row, or choose another column."
+                    )

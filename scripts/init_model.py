@@ -1,0 +1,248 @@
+#!/usr/bin/env python
+"""Train a tokenizer on local text and write a small, randomly initialised model with it, to train from scratch.
+
+The folder it writes is what `--model_name_or_path` of the other scripts takes:
+
+    python scripts/init_model.py --train_files train.jsonl.gz --text_columns sentence --output_dir outputs/tiny
+    python scripts/init_model.py --architecture encoder-decoder --train_files train.jsonl.gz \
+        --text_columns translation.en translation.de --output_dir outputs/tiny-translation
+
+encoder: BERT (post-norm, learned positions) with a cased WordPiece tokenizer.
+encoder-decoder: Pegasus (pre-norm, sinusoidal positions, all embeddings tied) with one cased BPE vocabulary for both
+sides, which spells characters it has never seen in bytes. Pre-norm, because it starts more reliably than post-norm
+(Marian, BART) when trained from scratch in few steps.
+Weights are drawn with standard deviation hidden_size ** -0.5 (Glorot's for a square matrix): BERT's fixed 0.02 is that
+of a wide model, and leaves a narrow one close to zero.
+"""
+
+import gzip
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from common import cli, parse_arguments
+from data_files import read_table
+from train_tokenizer import train_tokenizer
+from transformers import (
+    AutoModel,
+    AutoModelForSeq2SeqLM,
+    BertConfig,
+    GenerationConfig,
+    PegasusConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+
+@dataclass
+class InitModelArguments:
+    """What to train the tokenizer on, and the size of the model."""
+
+    train_files: list[str] = field(
+        metadata={"help": "Files with text: .txt (one text a line), .csv, .tsv, .json or .jsonl, also .gz."}
+    )
+    output_dir: str = field(metadata={"help": "Folder to write; must be new or empty unless --overwrite is given."})
+    text_columns: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Columns that hold the text, for csv and json files. A dot reaches into a nested column "
+            "(translation.en); a column of word lists (tokens) is joined by blanks."
+        },
+    )
+    architecture: Literal["encoder", "encoder-decoder"] = field(
+        default="encoder",
+        metadata={"help": "encoder for classification and tagging, encoder-decoder for translation."},
+    )
+    vocab_size: int = field(
+        default=8000, metadata={"help": "Largest size of the vocabulary, special tokens (and 256 bytes) included."}
+    )
+    hidden_size: int = field(default=256, metadata={"help": "Width of the model; a multiple of --num_heads."})
+    num_layers: int = field(default=4, metadata={"help": "Layers (of the encoder and of the decoder)."})
+    num_heads: int = field(default=4, metadata={"help": "Attention heads per layer."})
+    intermediate_size: int | None = field(
+        default=None, metadata={"help": "Width of the feed-forward layers; 4 x hidden_size when not given."}
+    )
+    max_length: int = field(default=128, metadata={"help": "Longest input in tokens; longer ones get truncated."})
+    dropout: float | None = field(
+        default=None,
+        metadata={
+            "help": "Dropout rate, from 0 up to below 1: 0.1 for the encoder, 0.3 for the encoder-decoder when not "
+            "given. The encoder-decoder has none on attention weights, as is usual for small translation models."
+        },
+    )
+    seed: int = field(default=42, metadata={"help": "Seed of the initial weights."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace --output_dir when it is not empty."})
+
+
+def check_arguments(args: InitModelArguments) -> None:
+    """Raise `ValueError` for sizes that make no model, and for an output folder that is in use."""
+    for name in ("hidden_size", "num_layers", "num_heads", "intermediate_size", "max_length", "vocab_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} must be at least 1, got {value}.")
+    if args.max_length < 4:
+        raise ValueError(f"--max_length must be at least 4 (special tokens included), got {args.max_length}.")
+    if args.hidden_size % args.num_heads:
+        raise ValueError(f"--hidden_size {args.hidden_size} is not a multiple of --num_heads {args.num_heads}.")
+    if args.dropout is not None and not 0 <= args.dropout < 1:
+        raise ValueError(f"--dropout must be from 0 up to below 1, got {args.dropout}.")
+    output = Path(args.output_dir)
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output_dir {output} is a file; choose another name.")
+    if output.exists() and any(output.iterdir()):
+        if not args.overwrite:
+            raise ValueError(f"--output_dir {output} is not empty; choose another folder, or give --overwrite.")
+        if not (output / "config.json").is_file():
+            raise ValueError(
+                f"--output_dir {output} holds something else than a model (no config.json), and --overwrite would "
+                "delete it; choose another folder."
+            )
+
+
+def read_texts(path: str, columns: Sequence[str] | None) -> Iterator[str]:
+    """Yield the texts of a file that are not empty.
+
+    Raises:
+        ValueError: The file cannot be read, a column is missing, or a value is no text; tells the line or row.
+    """
+    if path.endswith((".txt", ".txt.gz")):
+        yield from (line.strip() for line in _lines(Path(path)) if line.strip())
+        return
+    dataset = read_table(path)
+    if not columns:
+        raise ValueError(
+            f"{path}: --text_columns is missing; name the columns with text among {', '.join(dataset.column_names)}."
+        )
+    for number, row in enumerate(dataset, start=1):
+        for column in columns:
+            if text := _text(f"{path}, row {number}", row, column):
+                yield text
+
+
+def _lines(path: Path) -> list[str]:
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist.")
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        return data.decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error.reason}); convert the file to UTF-8.") from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is not a complete gzip file ({error}); compress or copy it again.") from error
+
+
+def _text(where: str, row: dict[str, Any], column: str) -> str:
+    value: Any = row
+    for key in column.split("."):
+        if not isinstance(value, dict) or key not in value:
+            known = ", ".join(value) if isinstance(value, dict) else "none (it is not nested)"
+            raise ValueError(f"{where}: --text_columns {column}: there is no {key!r} here, only {known}.")
+        value = value[key]
+    if isinstance(value, list) and all(isinstance(word, str) for word in value):
+        value = " ".join(value)
+    if isinstance(value, dict):
+        raise ValueError(
+            f"{where}: column {column!r} is nested; name its parts, such as {column}.{next(iter(value))}."
+        )
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: column {column!r} holds {value!r:.60}, which is no text.")
+    return value.strip()
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast, args: InitModelArguments) -> PreTrainedModel:
+    """Return the randomly initialised model; the caller's random state is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(args.seed)
+        if args.architecture == "encoder":
+            return AutoModel.from_config(_encoder_config(tokenizer, args))
+        model = AutoModelForSeq2SeqLM.from_config(_encoder_decoder_config(tokenizer, args))
+    model.generation_config = GenerationConfig.from_model_config(model.config)
+    model.generation_config.max_length = args.max_length
+    return model
+
+
+def _encoder_config(tokenizer: PreTrainedTokenizerFast, args: InitModelArguments) -> BertConfig:
+    dropout = 0.1 if args.dropout is None else args.dropout
+    return BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=args.hidden_size,
+        num_hidden_layers=args.num_layers,
+        num_attention_heads=args.num_heads,
+        intermediate_size=args.intermediate_size or 4 * args.hidden_size,
+        max_position_embeddings=args.max_length,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+        initializer_range=args.hidden_size**-0.5,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _encoder_decoder_config(tokenizer: PreTrainedTokenizerFast, args: InitModelArguments) -> PegasusConfig:
+    width = args.intermediate_size or 4 * args.hidden_size
+    return PegasusConfig(
+        vocab_size=len(tokenizer),
+        d_model=args.hidden_size,
+        encoder_layers=args.num_layers,
+        decoder_layers=args.num_layers,
+        encoder_attention_heads=args.num_heads,
+        decoder_attention_heads=args.num_heads,
+        encoder_ffn_dim=width,
+        decoder_ffn_dim=width,
+        activation_function="relu",
+        max_position_embeddings=args.max_length,
+        dropout=0.3 if args.dropout is None else args.dropout,
+        attention_dropout=0.0,
+        activation_dropout=0.0,
+        init_std=args.hidden_size**-0.5,
+        scale_embedding=True,
+        bos_token_id=tokenizer.bos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        decoder_start_token_id=tokenizer.bos_token_id,
+        forced_eos_token_id=tokenizer.eos_token_id,
+    )
+
+
+def init_model(args: InitModelArguments) -> Path:
+    """Train the tokenizer, draw the weights, write both, and return the folder.
+
+    Raises:
+        ValueError: An argument or a file is wrong; nothing on disk has been changed then.
+    """
+    check_arguments(args)
+    texts = [text for path in args.train_files for text in read_texts(path, args.text_columns)]
+    if not texts:
+        raise ValueError(f"{', '.join(args.train_files)}: no text to train a tokenizer on, only empty values.")
+    tokenizer = train_tokenizer(texts, args.architecture, args.vocab_size, args.max_length)
+    model = build_model(tokenizer, args)
+
+    output = Path(args.output_dir)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    # Written beside and renamed: a folder with this name is always a whole model.
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as temporary:
+        folder = Path(temporary, output.name)
+        tokenizer.save_pretrained(folder)
+        model.save_pretrained(folder)
+        if output.exists():
+            shutil.rmtree(output)
+        folder.rename(output)
+    print(
+        f"{output}: {type(model).__name__}, {model.num_parameters():,} parameters, vocabulary of {len(tokenizer)} "
+        f"from {len(texts)} texts"
+    )
+    return output
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Command line; returns the folder that was written."""
+    (args,) = parse_arguments([InitModelArguments], None if argv is None else list(argv), __doc__.splitlines()[0])
+    return init_model(args)
+
+
+if __name__ == "__main__":
+    cli(main)

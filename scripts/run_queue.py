@@ -1,0 +1,128 @@
+"""Running many training runs, each in a process of its own: several at once, with progress, and never twice."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common import LAST_RESULT_FILE, read_json, write_json
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+SCRIPTS = Path(__file__).resolve().parent
+RUN_FILE = "run.json"  # beside a run's output folder: what was started there
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: a script of this folder with its arguments, for one task, arm and seed."""
+
+    task: str
+    arm: str
+    seed: int
+    script: str
+    arguments: tuple[str, ...]
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return f"{self.task} / {self.arm} / seed {self.seed}"
+
+    @property
+    def output(self) -> Path:
+        return self.folder / "output"
+
+    @property
+    def command(self) -> list[str]:
+        fixed = ["--seed", str(self.seed), "--output_dir", str(self.output)]
+        return [sys.executable, str(SCRIPTS / self.script), *self.arguments, *fixed]
+
+    def results(self) -> dict[str, Any]:
+        """The metrics of the finished run, or nothing while there are none."""
+        return read_json(self.output / LAST_RESULT_FILE)
+
+
+def run_all(
+    runs: Sequence[Run], jobs: int, describe: Callable[[Run], str], console: Console | None = None
+) -> dict[Run, str]:
+    """Run what has not finished yet; returns the reason of each run that failed.
+
+    A run that was killed is started anew; one that finished with the same arguments is taken as it is.
+
+    Args:
+        runs: in the order in which to start them.
+        jobs: how many at once; the cores are divided among them.
+        describe: a line about a finished run.
+        console: where to show progress.
+    """
+    failed: dict[Run, str] = {}
+    processes: set[subprocess.Popen] = set()
+    waiting = [run for run in runs if not run.results()]
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console) as progress:
+        bar = progress.add_task("Training", total=len(runs), completed=len(runs) - len(waiting))
+        with ThreadPoolExecutor(jobs) as pool:
+            futures = {pool.submit(_run, run, jobs, processes): run for run in waiting}
+            previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the children are ended too
+            try:
+                for future in as_completed(futures):
+                    run = futures[future]
+                    if (reason := future.result()) is not None:
+                        failed[run] = reason
+                    progress.console.print(f"{run.name}: {'FAILED' if reason else describe(run)}", highlight=False)
+                    progress.advance(bar)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in tuple(processes):
+                    os.killpg(process.pid, signal.SIGTERM)
+                raise
+            finally:
+                signal.signal(signal.SIGTERM, previous)
+    return failed
+
+
+def _run(run: Run, jobs: int, processes: set[subprocess.Popen]) -> str | None:
+    """Run one process to its end; returns None, or why it failed."""
+    if run.output.exists():
+        shutil.rmtree(run.output)  # what a killed run of ours has left
+    run.folder.mkdir(parents=True, exist_ok=True)
+    write_json(run.folder / RUN_FILE, {"command": run.command[1:]})
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    env = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    log = run.folder / "log.txt"
+    started = time.monotonic()
+    with log.open("w", encoding="utf-8") as stream:
+        process = subprocess.Popen(run.command, stdout=stream, stderr=stream, env=env, start_new_session=True)
+        processes.add(process)
+        status = process.wait()
+        processes.discard(process)
+    if status == 0 and run.results():
+        write_json(run.folder / RUN_FILE, {"command": run.command[1:], "seconds": time.monotonic() - started})
+        return None
+    last = "\n".join(log.read_text("utf-8", errors="replace").strip().splitlines()[-3:])
+    return f"exit status {status}; the end of {log}:\n{last}"
+
+
+def check_same_comparison(folder: Path, settings: dict[str, Any]) -> None:
+    """Remember what is compared in a folder; refuse to mix another comparison into it.
+
+    Raises:
+        ValueError: the folder holds something else.
+    """
+    file = folder / "settings.json"
+    settings = json.loads(json.dumps(settings))
+    if folder.exists() and any(folder.iterdir()) and (not file.exists() or read_json(file) != settings):
+        raise ValueError(
+            f"--output_dir {folder} holds {'another comparison' if file.exists() else 'other files'}: finished runs "
+            "would be mixed with others. Give the same arguments to go on with it, or choose another folder."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(file, settings)
