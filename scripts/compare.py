@@ -22,11 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import demo_data
+import init_model
 from common import cli, write_file, write_json
-from comparison_report import BASELINE, as_json, make_rows, markdown_table, plot
+from comparison_report import BASELINE, as_json, make_rows, markdown_table, plot, terminal_table
 from rich.console import Console
-from rich.markdown import Markdown
 from run_queue import Run, check_same_comparison, run_all
+from transformers.utils import logging
 
 from hf_rdrop.loss import check_alpha
 
@@ -55,7 +56,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of each arm (default: 0 1 2)")
     parser.add_argument("--output_dir", type=Path, help="where to write (default: outputs/demo for --demo)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at once (default: one a core)")
-    parser.add_argument("arguments", nargs="*", help="after --: arguments of the script, the same for every run")
+    parser.add_argument("arguments", nargs="*", help="after --: the script's arguments; {seed} is replaced")
     args = parser.parse_args(argv)
     if args.demo == bool(args.script):
         raise ValueError("give either --demo, or --script and --metric with the script's arguments after --.")
@@ -76,32 +77,56 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+# Model and training of each demo task: sizes for init_model.py, then the script's own arguments. All were chosen by
+# looking at plain training alone: long enough that it overfits and its score has stopped rising. Dropout is the usual
+# 0.1.
+DEMO_SIZES = ["--hidden_size", "64", "--intermediate_size", "128", "--max_length", "64", "--dropout", "0.1"]
+DEMO_MODELS = {
+    "classification": ["--text_columns", "sentence", "--num_layers", "2", "--vocab_size", "1000"],
+    "ner": ["--text_columns", "tokens", "--num_layers", "2", "--vocab_size", "800"],
+    "translation": [
+        *("--text_columns", "translation.en", "translation.xx", "--architecture", "encoder-decoder"),
+        *("--num_layers", "1", "--vocab_size", "600"),
+    ],
+}
+DEMO_TRAINING = {
+    "classification": ["--learning_rate", "2e-3", "--num_train_epochs", "10"],
+    "ner": ["--learning_rate", "1e-3", "--num_train_epochs", "25"],
+    "translation": [
+        *("--learning_rate", "5e-3", "--num_train_epochs", "40", "--label_smoothing_factor", "0.1"),
+        *("--source_lang", "en", "--target_lang", "xx", "--predict_with_generate", "--val_max_target_length", "40"),
+    ],
+}
+
+
 def demo_tasks(folder: Path, alpha: float | None) -> list[Task]:
     """The three demo tasks. Alphas are the paper's: 1 for classification, 5 for translation."""
-    data, models = folder / "data", folder / "models"
+    common = ["--do_train", "--do_eval", "--use_cpu", "--report_to", "none", "--save_strategy", "no"]
+    common += ["--per_device_train_batch_size", "32", "--per_device_eval_batch_size", "64", "--warmup_steps", "0.1"]
+    common += ["--disable_tqdm", "True", "--logging_steps", "10"]
 
-    def task(name: str, script: str, metric: str, paper_alpha: float, model: str, *arguments: str) -> Task:
-        files = ["--train_file", data / name / "train.jsonl", "--validation_file", data / name / "validation.jsonl"]
-        common = ["--do_train", "--do_eval", "--report_to", "none", "--save_strategy", "no", "--use_cpu"]
-        quiet = ["--disable_tqdm", "True", "--logging_steps", "10", "--per_device_eval_batch_size", "64"]
-        line = [*files, *common, *quiet, "--model_name_or_path", models / model, *arguments]
-        return Task(name, script, metric, alpha or paper_alpha, tuple(map(str, line)))
+    def task(name: str, script: str, metric: str, paper_alpha: float) -> Task:
+        data = [f"--{split}_file={folder}/data/{name}/{split}.jsonl" for split in ("train", "validation")]
+        model = f"--model_name_or_path={folder}/models/{name}-{{seed}}"
+        return Task(name, script, metric, alpha or paper_alpha, (*data, model, *common, *DEMO_TRAINING[name]))
 
     return [
-        task("classification", "run_glue.py", "eval_accuracy", 1.0, "encoder", *DEMO_ARGUMENTS["classification"]),
-        task("ner", "run_ner.py", "eval_f1", 1.0, "encoder", *DEMO_ARGUMENTS["ner"]),
-        task("translation", "run_translation.py", "eval_bleu", 5.0, "translation", *DEMO_ARGUMENTS["translation"]),
+        task("classification", "run_glue.py", "eval_accuracy", 1.0),
+        task("ner", "run_ner.py", "eval_f1", 1.0),
+        task("translation", "run_translation.py", "eval_bleu", 5.0),
     ]
 
 
-# Chosen by looking at the baseline alone.
-DEMO_ARGUMENTS = {"classification": (), "ner": (), "translation": ()}
-
-
-def write_demo_inputs(folder: Path) -> None:
-    """Demo data and the randomly initialised models, unless an earlier start has written them."""
-    if not (folder / "data").exists():
-        demo_data.write_demo_data(folder / "data", seed=0)
+def write_demo_inputs(folder: Path, seeds: Sequence[int]) -> None:
+    """The demo's data, and for each task and seed a tokenizer and random weights; the same bytes every time."""
+    logging.disable_progress_bar()
+    data = demo_data.write_demo_data(folder / "data", seed=0)
+    for name, model in DEMO_MODELS.items():
+        for seed in seeds:
+            output = folder / "models" / f"{name}-{seed}"
+            if not output.exists():
+                fixed = ["--train_files", str(data[name]["train"]), "--output_dir", str(output), "--seed", str(seed)]
+                init_model.main([*fixed, *DEMO_SIZES, *model])
 
 
 def plan(tasks: Sequence[Task], seeds: Sequence[int], folder: Path) -> list[Run]:
@@ -112,7 +137,7 @@ def plan(tasks: Sequence[Task], seeds: Sequence[int], folder: Path) -> list[Run]
             arm,
             seed,
             task.script,
-            (*task.arguments, "--rdrop_alpha", str(alpha)),
+            (*(argument.replace("{seed}", str(seed)) for argument in task.arguments), "--rdrop_alpha", str(alpha)),
             folder / "runs" / task.name / arm / f"seed-{seed}",
         )
         for task in tasks
@@ -133,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     runs = plan(tasks, args.seeds, folder)
     check_same_comparison(folder, {"tasks": [vars(task) for task in tasks], "seeds": args.seeds})
     if args.demo:
-        write_demo_inputs(folder)
+        write_demo_inputs(folder, args.seeds)
 
     metrics = {task.name: task.metric for task in tasks}
     console = Console()
@@ -142,11 +167,10 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     results = {(run.task, run.arm, run.seed): run.results() for run in runs if run not in failed}
     rows = make_rows(results, metrics, ["r-drop"])
     if rows:
-        table = markdown_table(rows)
-        write_file(folder / "comparison.md", table)
+        write_file(folder / "comparison.md", markdown_table(rows))
         plot(rows, folder / "comparison.png")
         write_json(folder / "comparison.json", {"rows": as_json(rows), "failed": [run.name for run in failed]})
-        console.print(Markdown(table))
+        console.print(terminal_table(rows))
         console.print(f"Written to {folder}: comparison.md, comparison.json, comparison.png, runs/", highlight=False)
     if failed:
         reasons = "\n\n".join(f"{run.name}: {reason}" for run, reason in failed.items())

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from rich import box
+from rich.table import Table
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -69,6 +71,21 @@ def markdown_table(rows: Sequence[Row]) -> str:
             f"{_spread(row.scores)} | {_spread(row.gains, sign='+')} | {row.seconds_ratio:.2f}x | {len(row.seeds)} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def terminal_table(rows: Sequence[Row]) -> Table:
+    """The same table for a terminal of 80 columns."""
+    seeds = sorted({len(row.seeds) for row in rows})
+    table = Table(
+        box=box.SIMPLE_HEAD, title=f"mean ± std over {'-'.join(map(str, seeds))} seeds, gains paired by seed"
+    )
+    for name in ("task", "baseline", "arm", "score", "gain", "time"):
+        table.add_column(name, no_wrap=True)
+    for row in rows:
+        task = f"{row.task}\n  {row.metric.removeprefix('eval_')}"
+        spreads = _spread(row.baseline), row.arm, _spread(row.scores), _spread(row.gains, "+")
+        table.add_row(task, *spreads, f"{row.seconds_ratio:.2f}x")
+    return table
 
 
 def _spread(values: Sequence[float], sign: str = "") -> str:

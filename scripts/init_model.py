@@ -7,10 +7,10 @@ The folder it writes is what `--model_name_or_path` of the other scripts takes:
     python scripts/init_model.py --architecture encoder-decoder --train_files train.jsonl.gz \
         --text_columns translation.en translation.de --output_dir outputs/tiny-translation
 
-encoder: BERT (post-norm, learned positions) with a cased WordPiece tokenizer.
-encoder-decoder: Pegasus (pre-norm, sinusoidal positions, all embeddings tied) with one cased BPE vocabulary for both
-sides, which spells characters it has never seen in bytes. Pre-norm, because it starts more reliably than post-norm
-(Marian, BART) when trained from scratch in few steps.
+encoder: BERT (post-norm, learned positions).
+encoder-decoder: Pegasus (pre-norm, sinusoidal positions, embeddings tied, one vocabulary for both sides). Pre-norm,
+because it learns faster in few steps from scratch than post-norm (Marian, BART).
+Both get a byte-pair encoding that keeps case and spells characters it has never seen in bytes.
 Weights are drawn with standard deviation hidden_size ** -0.5 (Glorot's for a square matrix): BERT's fixed 0.02 is that
 of a wide model, and leaves a narrow one close to zero.
 """
@@ -59,7 +59,7 @@ class InitModelArguments:
         metadata={"help": "encoder for classification and tagging, encoder-decoder for translation."},
     )
     vocab_size: int = field(
-        default=8000, metadata={"help": "Largest size of the vocabulary, special tokens (and 256 bytes) included."}
+        default=8000, metadata={"help": "Largest size of the vocabulary, special tokens and 256 bytes included."}
     )
     hidden_size: int = field(default=256, metadata={"help": "Width of the model; a multiple of --num_heads."})
     num_layers: int = field(default=4, metadata={"help": "Layers (of the encoder and of the decoder)."})
@@ -161,8 +161,14 @@ def build_model(tokenizer: PreTrainedTokenizerFast, args: InitModelArguments) ->
         if args.architecture == "encoder":
             return AutoModel.from_config(_encoder_config(tokenizer, args))
         model = AutoModelForSeq2SeqLM.from_config(_encoder_decoder_config(tokenizer, args))
-    model.generation_config = GenerationConfig.from_model_config(model.config)
-    model.generation_config.max_length = args.max_length
+    model.generation_config = GenerationConfig(
+        max_length=args.max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        forced_eos_token_id=tokenizer.eos_token_id,
+        decoder_start_token_id=tokenizer.bos_token_id,
+    )
     return model
 
 

@@ -1,5 +1,6 @@
 """compare.py and what it is made of: the queue of runs, the statistics, the report."""
 
+import io
 import json
 import os
 import signal
@@ -10,7 +11,8 @@ from pathlib import Path
 
 import compare
 import pytest
-from comparison_report import as_json, make_rows, markdown_table, plot
+from comparison_report import as_json, make_rows, markdown_table, plot, terminal_table
+from rich.console import Console
 from run_queue import SCRIPTS, Run, check_same_comparison, run_all
 
 # A stand-in for a training script: writes its arguments as results, or fails.
@@ -113,6 +115,10 @@ def test_figures_are_paired_by_seed_and_losses_are_shown():
     # mean 55, std sqrt(50) = 7.07; gains 5 and -1: mean 2, std sqrt(18) = 4.24
     assert "| ner | f1 | 55.00 ± 7.07 | r-drop | 57.00 ± 2.83 | +2.00 ± 4.24 | 2.00x | 2 |" in table
     assert "| mt | bleu | 20.00 | r-drop | 19.00 | -1.00 | 1.80x | 1 |" in table
+    console = Console(width=80, file=io.StringIO())
+    console.print(terminal_table([ner, mt]))
+    text = console.file.getvalue()
+    assert "55.00 ± 7.07" in text and "+2.00 ± 4.24" in text and "…" not in text
     assert as_json([ner])[0]["mean_gain"] == pytest.approx(2.0)
 
 

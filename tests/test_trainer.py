@@ -16,7 +16,7 @@ from hf_rdrop import RDropMixin, RDropSeq2SeqTrainer, RDropTrainer, RDropTrainin
 PROBLEM_TYPES = {"multi": "multi_label_classification", "regression": "regression"}
 
 
-def make_trainer(head, alpha=2.0, dropout=0.3, trainer_class=RDropTrainer, tmp="unused", **args):
+def make_trainer(head, alpha, tmp, dropout=0.3, trainer_class=RDropTrainer, **args):
     model = make_model(head, dropout)
     args = RDropTrainingArguments(tmp, rdrop_alpha=alpha, use_cpu=True, report_to=[], **args)
     return trainer_class(model=model, args=args, data_collator=make_collator(head, model))
@@ -40,7 +40,7 @@ def record_batch_sizes(model):
 @pytest.mark.parametrize("passes", [2, 3])
 @pytest.mark.parametrize("rows", [1, 5])
 def test_loss_and_gradients_are_the_formulas_on_the_models_own_logits(head, rows, passes, tmp_path):
-    trainer = make_trainer(head, alpha=2.0, tmp=str(tmp_path), rdrop_passes=passes)
+    trainer = make_trainer(head, 2.0, str(tmp_path), rdrop_passes=passes)
     model, batch = trainer.model.train(), make_batch(head, trainer.model, rows)
     torch.manual_seed(1)
     loss, outputs = trainer.compute_loss(model, batch, return_outputs=True)
@@ -80,7 +80,7 @@ def test_every_parameter_moves(head):
 @pytest.mark.parametrize("alpha", [0.0, 2.0])
 def test_the_callers_batch_is_not_changed(head, alpha, tmp_path):
     smoothing = 0.1 if head in ("single", "token", "seq2seq") else 0.0  # the Trainer then pops the labels
-    trainer = make_trainer(head, alpha, tmp=str(tmp_path), label_smoothing_factor=smoothing)
+    trainer = make_trainer(head, alpha, str(tmp_path), label_smoothing_factor=smoothing)
     batch = make_batch(head, trainer.model)
     kept = {name: value.clone() for name, value in batch.items()}
     for model in (trainer.model.train(), trainer.model.eval()):
@@ -91,7 +91,7 @@ def test_the_callers_batch_is_not_changed(head, alpha, tmp_path):
 
 def test_no_valid_item_gives_zero_and_finite_gradients(tmp_path):
     for alpha, smoothing in ((0.0, 0.0), (0.0, 0.1), (2.0, 0.0), (2.0, 0.1)):
-        trainer = make_trainer("token", alpha, tmp=str(tmp_path), label_smoothing_factor=smoothing)
+        trainer = make_trainer("token", alpha, str(tmp_path), label_smoothing_factor=smoothing)
         batch = make_batch("token", trainer.model)
         batch["labels"].fill_(-100)
         loss = trainer.compute_loss(trainer.model.train(), batch, num_items_in_batch=torch.tensor(0))
@@ -271,7 +271,7 @@ def test_plain_training_arguments_use_the_defaults():
     assert first["kl_loss"] > 0
 
 
-def test_the_mixin_keeps_another_trainers_loss():
+def test_the_mixin_keeps_another_trainers_loss(tmp_path):
     """Class weights by subclass, the documented way; R-Drop goes on top."""
 
     class ClassWeights(Trainer):
@@ -283,7 +283,7 @@ def test_the_mixin_keeps_another_trainers_loss():
     class Both(RDropMixin, ClassWeights):
         pass
 
-    trainer = make_trainer("single", alpha=2.0, dropout=1e-9, trainer_class=Both)
+    trainer = make_trainer("single", 2.0, str(tmp_path), dropout=1e-9, trainer_class=Both)
     batch = make_batch("single", trainer.model)
     model = trainer.model.train()
     expected = F.cross_entropy(
