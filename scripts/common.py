@@ -1,24 +1,17 @@
-"""What the training scripts share around the Trainer: command line, output folder, resuming, results."""
+"""What the training scripts share: command line, errors, output folder, checkpoints and result files."""
 
 import json
 import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
-import torch
 from data_files import closest
-from torch.utils.data import Sampler
-from transformers import HfArgumentParser, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_pt_utils import LengthGroupedSampler
-
-from hf_rdrop.checks import check_training_setup
-
-logger = logging.getLogger(__name__)
+from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 LAST_RESULT_FILE = "all_results.json"  # written after everything else: only a finished run has it
 RESULT_FILES = (
@@ -102,7 +95,7 @@ def start_run(args: TrainingArguments) -> str | None:
         format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", datefmt="%m/%d/%Y %H:%M:%S", level=logging.WARN
     )
     scripts_level = logging.INFO if args.should_log else logging.ERROR
-    for name in ("common", "labels", "model_loading", "run_glue", "run_ner", "run_translation", "__main__"):
+    for name in ("model_loading", "glue_data", "ner_data", "translation_data", "run_translation", "__main__"):
         logging.getLogger(name).setLevel(scripts_level)
     if args.disable_tqdm or not args.should_log:
         datasets.disable_progress_bars()
@@ -149,139 +142,6 @@ def _is_complete(checkpoint: Path) -> bool:
         return bool(json.loads((checkpoint / "trainer_state.json").read_text("utf-8")))
     except (OSError, ValueError):
         return False
-
-
-# ---- Training ----
-
-
-def padding_multiple(args: TrainingArguments) -> int | None:
-    """Lengths that are a multiple of 8 are faster on GPUs at half precision, and only slower elsewhere."""
-    return 8 if (args.fp16 or args.bf16) and args.device.type == "cuda" else None
-
-
-class EpochSeededSampler(Sampler):
-    """Length grouping in an order that seed and epoch alone decide.
-
-    The Trainer's own draws from the global generator, so the order would depend on how many random numbers dropout
-    used up (on alpha, that is), would differ between ranks, and would change when a run is resumed within an epoch.
-    """
-
-    def __init__(self, grouped: LengthGroupedSampler, seed: int) -> None:
-        self.grouped, self.seed, self.epoch = grouped, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.grouped)
-
-    def __iter__(self) -> Iterator[int]:
-        self.grouped.generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        return iter(self.grouped)
-
-
-class ScriptMixin:
-    """What the scripts need of any Trainer: rows in a known order, and no trace of a run that was refused.
-
-    - The order of the training data depends on the seed and the epoch only, whatever alpha is.
-    - Evaluation and prediction keep the order of the rows (length grouping would reorder predictions as well), and
-      drop the rows that fill up the last batch when there are several processes.
-    - What cannot work is refused before the first step, without leaving an output folder behind.
-    """
-
-    def __init__(self, *, args: TrainingArguments, **kwargs: Any) -> None:
-        self._own_folder = not Path(args.output_dir).exists()
-        try:
-            super().__init__(args=args, **kwargs)
-            if args.do_train:
-                check_training_setup(self)
-        except Exception:
-            self._leave_nothing_behind(args)
-            raise
-
-    def _leave_nothing_behind(self, args: TrainingArguments) -> None:
-        folder = Path(args.output_dir)
-        if self._own_folder and args.should_save and folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
-
-    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler | None:
-        sampler = super()._get_train_sampler(*args, **kwargs)
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return EpochSeededSampler(sampler, seed) if isinstance(sampler, LengthGroupedSampler) else sampler
-
-    def _get_eval_sampler(self, *args: Any, **kwargs: Any) -> None:
-        return None  # in the order of the rows
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        self.gather_function = self.accelerator.gather_for_metrics  # Seq2SeqTrainer sets one that keeps filling rows
-        return super().evaluation_loop(*args, **kwargs)
-
-    def run_training(self, checkpoint: str | None) -> dict[str, float]:
-        """Train, save the model, and return the training metrics."""
-        progress = _RunProgress()
-        self.add_callback(progress)
-        try:
-            metrics = self.train(resume_from_checkpoint=checkpoint).metrics
-        except Exception as error:
-            if progress.stepped and isinstance(error, (ValueError, OSError)):
-                raise RuntimeError(
-                    f"training failed at step {self.state.global_step}; after removing the cause, go on from the last "
-                    "checkpoint, if there is one, with --resume_from_checkpoint last"
-                ) from error  # with its traceback, as it need not be the user's
-            if not progress.stepped:
-                self._leave_nothing_behind(self.args)
-            raise
-        self.save_model()
-        return {**metrics, "train_samples": len(self.train_dataset)}
-
-    def finish(
-        self, results: dict[str, dict[str, Any]], files: dict[str, str] | None = None, **card: Any
-    ) -> dict[str, Any]:
-        """Write the result files, all_results.json last, and the model card; push to the Hub if asked to.
-
-        Args:
-            results: metrics by `train`, `eval` and `predict`.
-            files: further files, text by name (predictions).
-            card: arguments of `create_model_card`.
-
-        Returns:
-            All metrics of this run together.
-        """
-        folder, combined = Path(self.args.output_dir), {}
-        for split, metrics in results.items():
-            self.log_metrics(split, metrics)
-            combined.update(metrics)
-        if self.is_world_process_zero():
-            for name, text in (files or {}).items():
-                write_file(folder / name, text)
-            for split, metrics in results.items():
-                write_json(folder / f"{split}_results.json", metrics)
-            if self.args.do_train:
-                write_file(folder / "trainer_state.json", lambda path: self.state.save_to_json(str(path)))
-            earlier = {} if self.args.do_train else read_json(folder / LAST_RESULT_FILE)
-            write_json(folder / LAST_RESULT_FILE, {**earlier, **combined})
-        if self.args.push_to_hub:
-            self.push_to_hub(**card)
-        elif self.args.do_train:
-            self.create_model_card(**card)
-        return combined
-
-
-class _RunProgress(TrainerCallback):
-    """Takes away the results of an earlier part of the run when training goes on; notes that a step was made."""
-
-    stepped = False
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            remove_results(Path(args.output_dir))
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # accelerate does not hand the epoch through to the sampler when several processes resume within an epoch.
-        kwargs["train_dataloader"].set_epoch(int(state.epoch or 0))
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.stepped = True
 
 
 # ---- Files that are either whole or not there ----

@@ -23,13 +23,11 @@ class Labels:
         names: the classes in the order of the model's outputs; empty for regression.
         index_names: what integers in the data stand for, where the data (or the task) say it. Without it an integer
             is the name of a class itself: 1 to 5 stars are the classes "1" to "5".
-        flags: multi-label rows are 0/1 vectors rather than lists of classes.
     """
 
     problem_type: str
     names: list[str]
     index_names: Sequence[str] | None = None
-    flags: bool = False
 
     def config_changes(self) -> dict[str, Any]:
         """What the model's configuration must say for a head with these outputs."""
@@ -54,7 +52,7 @@ class Labels:
             return self._index(value)
         if not isinstance(value, list):
             raise ValueError(f"{value!r:.60} is no list of labels.")
-        if self.flags:
+        if any(isinstance(item, float) for item in value):  # a 0/1 vector; otherwise the classes that apply
             if len(value) != len(self.names) or any(flag not in (0, 1) for flag in value):
                 raise ValueError(f"{value!r:.60} is no vector of {len(self.names)} flags, each 0 or 1.")
             return [float(flag) for flag in value]
@@ -78,9 +76,9 @@ class Labels:
         hidden = {None, ""}
         if "-1" not in self.names and self.problem_type != MULTI:
             hidden |= {-1, "-1"}
-        if self.problem_type == REGRESSION and not all(value in hidden for value in values):
+        if self.problem_type == REGRESSION and any(isinstance(v, (list, dict)) or v not in hidden for v in values):
             hidden = {None, ""}  # among other numbers, -1 is a number
-        return any(not isinstance(value, list) and value in hidden for value in values)
+        return any(not isinstance(value, (list, dict)) and value in hidden for value in values)
 
     def _index(self, value: Any) -> int:
         name = self._name(value)
@@ -139,11 +137,10 @@ def infer_labels(
     if not present:
         raise ValueError(f"column {column!r} of the {split} data holds no label. Choose another column.")
     problem_type = problem_type or _guess_problem_type(values, column, split, index_names)
-    flags = problem_type == MULTI and any(isinstance(item, float) for row in present for item in _items(row))
-    labels = Labels(problem_type, list(index_names or ()), index_names, flags)
+    labels = Labels(problem_type, list(index_names or ()), index_names)
     if problem_type == REGRESSION:
         return labels
-    if flags:
+    if problem_type == MULTI and any(isinstance(item, float) for row in present for item in _items(row)):
         labels.names = labels.names or [str(index) for index in range(len(present[0]))]
     elif index_names is None:
         rows = (_items(value) if problem_type == MULTI else [value] for value in values)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data_files import closest
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
@@ -48,11 +49,11 @@ def load_config(model_args: ModelArguments, **changes: Any) -> PreTrainedConfig:
     return _load(AutoConfig, name, argument, model_args, **changes)
 
 
-def load_tokenizer(model_args: ModelArguments, config: PreTrainedConfig, **options: Any) -> PreTrainedTokenizerBase:
+def load_tokenizer(model_args: ModelArguments, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
     """The model's tokenizer, which must be able to pad."""
     name = model_args.tokenizer_name or model_args.model_name_or_path
     argument = "tokenizer_name" if model_args.tokenizer_name else "model_name_or_path"
-    tokenizer = _load(AutoTokenizer, name, argument, model_args, config=config, **options)
+    tokenizer = _load(AutoTokenizer, name, argument, model_args, config=config)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError(
@@ -64,6 +65,17 @@ def load_tokenizer(model_args: ModelArguments, config: PreTrainedConfig, **optio
         )
         tokenizer.pad_token = tokenizer.eos_token
         config.pad_token_id = tokenizer.pad_token_id
+    return tokenizer
+
+
+def load_word_tokenizer(model_args: ModelArguments, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
+    """A tokenizer that takes lists of words and says which word each token is from."""
+    tokenizer = load_tokenizer(model_args, config)
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"the tokenizer of {model_args.tokenizer_name or model_args.model_name_or_path} does not tell which word "
+            "a token belongs to. Choose a model with a fast tokenizer (a tokenizer.json)."
+        )
     return tokenizer
 
 
@@ -106,6 +118,38 @@ def load_model(
         logger.warning("The tokenizer has %d tokens, the model %d: adding new embeddings.", len(tokenizer), rows)
         model.resize_token_embeddings(len(tokenizer))
     return model
+
+
+def set_languages(
+    tokenizer: Any, model: Any, source_lang: str | None, target_lang: str | None, forced_bos_token: str | None
+) -> None:
+    """Tell multilingual tokenizers (mBART, M2M-100, NLLB, ...) the languages, and models how their output begins."""
+    first_id = None
+    if hasattr(tokenizer, "set_tgt_lang_special_tokens"):
+        known = getattr(tokenizer, "lang_code_to_id", None) or tokenizer.get_vocab()
+        for argument, language in (("source_lang", source_lang), ("target_lang", target_lang)):
+            if language is None:
+                raise ValueError(f"this model's tokenizer is multilingual: give --{argument}.")
+            if language not in known:
+                raise ValueError(
+                    f"--{argument} {language} is no language of this tokenizer{closest(language, known)}."
+                )
+        tokenizer.src_lang, tokenizer.tgt_lang = source_lang, target_lang
+        first_id = getattr(tokenizer, "get_lang_id", tokenizer.convert_tokens_to_ids)(target_lang)
+        if model.config.decoder_start_token_id is None:
+            model.config.decoder_start_token_id = first_id
+    if forced_bos_token is not None:
+        if forced_bos_token not in tokenizer.get_vocab():
+            near = closest(forced_bos_token, tokenizer.get_vocab())
+            raise ValueError(f"--forced_bos_token {forced_bos_token} is no token of this tokenizer{near}.")
+        first_id = tokenizer.convert_tokens_to_ids(forced_bos_token)
+    if first_id is not None:
+        model.generation_config.forced_bos_token_id = first_id
+    if model.config.decoder_start_token_id is None:
+        raise ValueError(
+            "the model's configuration has no decoder_start_token_id, so the decoder has no first token. Set it in "
+            "the model's config.json."
+        )
 
 
 def hub_name(model_args: ModelArguments) -> str | None:

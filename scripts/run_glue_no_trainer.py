@@ -21,19 +21,21 @@ from typing import Any
 import datasets
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from common import LAST_RESULT_FILE, cli, find_checkpoint, parse_arguments, read_json, remove_results, write_json
-from labels import Labels
-from model_loading import ModelArguments, fit_length, load_config, load_model, load_tokenizer
-from run_glue import (
+from glue_data import (
     GlueArguments,
     build_metric,
     choose_labels,
     choose_text_columns,
     load_data,
     predict_labels,
+    read_targets,
     tokenize,
 )
+from labels import Labels
+from model_loading import ModelArguments, fit_length, load_config, load_model, load_tokenizer
 from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, SchedulerType, get_scheduler
 
@@ -79,6 +81,7 @@ class LoopArguments(RDropArguments):
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run the script with these arguments; returns the metrics."""
     model_args, data_args, args = parse_arguments((ModelArguments, GlueArguments, LoopArguments), argv, __doc__)
+    AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run in this process may have used bf16
     accelerator = Accelerator(cpu=args.use_cpu, dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True))
     logging.basicConfig(format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", level=logging.WARNING)
     logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
@@ -92,6 +95,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     columns = choose_text_columns(data_args, splits)
     config = load_config(model_args)
     labels = choose_labels(data_args, splits, config)
+    splits = {name: data_args.truncate(split, name) for name, split in splits.items()}
+    targets = read_targets(splits, labels, data_args)
     loss_fn = RDropLoss(args.rdrop_alpha, labels.problem_type, args.label_smoothing_factor)
     passes = args.rdrop_passes if args.rdrop_alpha else 1
     compute = build_metric(data_args, labels)
@@ -107,7 +112,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         )
     data_args.max_seq_length = fit_length(data_args.max_seq_length, "max_seq_length", tokenizer, config)
     with accelerator.main_process_first():
-        data = {name: tokenize(split, name, tokenizer, columns, labels, data_args) for name, split in splits.items()}
+        data = {
+            name: tokenize(split, name, tokenizer, columns, targets[name], data_args) for name, split in splits.items()
+        }
 
     multiple = 8 if accelerator.mixed_precision != "no" and accelerator.device.type == "cuda" else None
     collate = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=multiple)
@@ -156,12 +163,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             rows_of_step = accelerator.gather(rows).sum()
             for index, batch in enumerate(window):
                 with nullcontext() if index == len(window) - 1 else accelerator.no_sync(model):
-                    targets = batch.pop("labels")
+                    answers = batch.pop("labels")
                     # R-Drop: [x; x] through the model once, its logits taken apart again, one loss for all passes.
                     logits = split_passes(model(**repeat_batch(batch, passes)).logits, passes)
-                    loss = loss_fn(logits[0], logits[-1], targets, *logits[1:-1])
+                    loss = loss_fn(logits[0], logits[-1], answers, *logits[1:-1])
                     # Its weight in the mean over all examples of the step, however they lie in batches and processes.
-                    share = len(targets) / rows_of_step
+                    share = len(answers) / rows_of_step
                     accelerator.backward(loss.loss * share * accelerator.num_processes)
                     sums += torch.stack(loss).detach() * share
             accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)

@@ -11,13 +11,26 @@ from pathlib import Path
 import common
 import data_files
 import datasets
+import ner_data
 import pytest
 import run_glue
 import run_glue_no_trainer
 import run_ner
 import run_translation
 import script_data as made
-from safetensors.torch import load_file
+import transformers
+import translation_data
+from packaging.version import Version
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoTokenizer,
+    M2M100Config,
+    M2M100ForConditionalGeneration,
+    NllbTokenizer,
+    PreTrainedTokenizerFast,
+    TrainingArguments,
+)
 
 SCRIPTS = Path(common.__file__).parent
 RESULTS = ("train_results.json", "eval_results.json", "predict_results.json", "all_results.json")
@@ -32,6 +45,10 @@ QUICK = [
     "--save_strategy",
     "no",
 ]
+
+# Its name in transformers 5.0, and since 5.1.
+HAS_STRATEGY = hasattr(TrainingArguments, "train_sampling_strategy")
+GROUPING = ["--train_sampling_strategy", "group_by_length"] if HAS_STRATEGY else ["--group_by_length"]
 
 
 @pytest.fixture(scope="session")
@@ -197,6 +214,38 @@ def test_labels_follow_a_fine_tuned_model(tmp_path, encoder, monkeypatch):
     assert run_glue.main(again)["eval_accuracy"] == pytest.approx(1 - first["eval_accuracy"])
 
 
+def test_multi_label_flags_mean_the_same_in_evaluation_alone(tmp_path, encoder):
+    def rows(count, seed):
+        return [
+            {
+                **row,
+                "label": [float("good" in row["label"]), float("film" in row["label"]), float("book" in row["label"])],
+            }
+            for row in made.classification_rows("multi-label", count, seed)
+        ]
+
+    files = write_splits(tmp_path, rows)
+    first = run_glue.main(arguments(tmp_path, files, encoder, "--max_steps", 20))
+    (tmp_path / "again").mkdir()
+    again = run_glue.main(arguments(tmp_path / "again", files, str(tmp_path / "out"), steps="do_eval"))
+    assert again["eval_f1_micro"] == first["eval_f1_micro"] and again["eval_loss"] == first["eval_loss"]
+
+
+def test_push_to_the_hub_comes_after_the_results(tmp_path, encoder, monkeypatch):
+    pushes = []
+
+    def push(self, **kwargs):
+        pushes.append((kwargs, (tmp_path / "out" / "all_results.json").exists()))
+
+    monkeypatch.setattr(run_glue.GlueTrainer, "init_hf_repo", lambda self: None)
+    monkeypatch.setattr(run_glue.GlueTrainer, "push_to_hub", push)
+    files = write_splits(tmp_path, classification("pairs"))
+    run_glue.main(arguments(tmp_path, files, encoder, "--task_name", "mrpc", "--push_to_hub"))
+    card, finished = pushes[-1]
+    assert finished and card["dataset"] == "GLUE MRPC" and card["tasks"] == "text-classification"
+    assert card["finetuned_from"] is None  # a local folder: nothing to ask the Hub about
+
+
 def test_json_argument_file_is_the_command_line(tmp_path, encoder):
     files = write_splits(tmp_path, classification("pairs"))
     command = run_glue.main(arguments(tmp_path, files, encoder, "--text_columns", "sentence1", "sentence2"))
@@ -249,14 +298,31 @@ def test_ner(tmp_path, encoder, alpha, caplog):
 def test_ner_labels_each_word_once_for_evaluation(tmp_path, encoder):
     """Words of several tokens count once, also when all their tokens are trained on."""
     rows = datasets.Dataset.from_list([{"tokens": ["anna", "zoo", "is"], "ner_tags": ["O", "B-place", "O"]}])
-    data_args = run_ner.NerArguments(train_file="x", label_all_tokens=True, max_seq_length=20)
-    labels = run_ner.Labels("single_label_classification", ["B-place", "I-place", "O"])
+    data_args = ner_data.NerArguments(train_file="x", label_all_tokens=True, max_seq_length=20)
+    labels = ner_data.Labels("single_label_classification", ["B-place", "I-place", "O"])
     tokenizer = made.make_tokenizer()
-    train, first = run_ner.tokenize(rows, "train", tokenizer, labels, data_args)
+    targets = ner_data.read_targets(rows, "train", labels, data_args)
+    train, first = ner_data.tokenize(rows, "train", tokenizer, labels, targets, data_args)
     assert list(train["labels"]) == [[-100, 2, 0, 1, 1, 2, -100]]  # [CLS] anna z ##o ##o is [SEP]
     assert first == [[-1, 0, 1, -1, -1, 2, -1]]
-    evaluation, _ = run_ner.tokenize(rows, "validation", tokenizer, labels, data_args)
+    evaluation, _ = ner_data.tokenize(rows, "validation", tokenizer, labels, targets, data_args)
     assert list(evaluation["labels"]) == [[-100, 2, 0, -100, -100, 2, -100]]
+
+
+def test_byte_level_tokenizer_sees_the_blank_before_each_word():
+    """RoBERTa's kind of tokenizer has other tokens for a word after a blank, and splits lists of words without one."""
+    tokens = ["<pad>", "</s>", "<unk>", *pre_tokenizers.ByteLevel.alphabet(), "an", "Ġan"]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    backend = Tokenizer(models.BPE(vocabulary, [("a", "n"), ("Ġ", "an")], unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+    rows = datasets.Dataset.from_list([{"tokens": ["an", "ana"], "ner_tags": ["A", "B"]}])
+    data_args = ner_data.NerArguments(train_file="x", max_seq_length=20)
+    labels = ner_data.Labels("single_label_classification", ["A", "B"])
+    encoded, first = ner_data.tokenize(rows, "train", tokenizer, labels, [[0, 1]], data_args)
+    assert tokenizer.convert_ids_to_tokens(encoded["input_ids"][0]) == ["Ġan", "Ġan", "a"]
+    assert first == [[0, 1, -1]] and list(encoded["labels"]) == [[0, 1, -100]]
 
 
 def test_pos_tags_from_the_hub(tmp_path, encoder, monkeypatch):
@@ -312,7 +378,7 @@ def test_bleu_is_against_the_references_as_written(tmp_path, seq2seq, monkeypatc
     for file in files[1:]:
         made.write(Path(file), rows)
     written = [row["translation"]["de"] for row in rows]
-    monkeypatch.setattr(run_translation, "decode", lambda predictions, tokenizer: written)
+    monkeypatch.setattr(translation_data, "decode", lambda predictions, tokenizer: written)
     returned = run_translation.main(arguments(tmp_path, files, seq2seq, *TRANSLATION))
     assert returned["eval_bleu"] == pytest.approx(100) and returned["predict_chrf"] == pytest.approx(100)
 
@@ -338,10 +404,38 @@ def test_languages_may_be_columns(tmp_path, seq2seq):
     assert "eval_chrf" in run_translation.main(arguments(tmp_path, files, seq2seq, *TRANSLATION))
 
 
+def test_multilingual_tokenizer(tmp_path):
+    """NLLB: the source begins with its language's token, and what is generated with the target's."""
+    words = sorted({*made.OTHER, *made.GERMAN})
+    pieces = ["<s>", "<pad>", "</s>", "<unk>", *dict.fromkeys("▁" + "".join(words))]
+    tokenizer = NllbTokenizer(vocab={piece: index for index, piece in enumerate(pieces)}, merges=[])
+    sizes = {"d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
+    heads = {"encoder_attention_heads": 1, "decoder_attention_heads": 1, "decoder_start_token_id": 2}
+    config = M2M100Config(vocab_size=len(tokenizer), max_position_embeddings=64, **sizes, **heads)
+    M2M100ForConditionalGeneration(config).save_pretrained(tmp_path / "nllb")
+    tokenizer.save_pretrained(tmp_path / "nllb")
+    files = write_splits(tmp_path, lambda n, seed: [
+        {"translation": {"eng": row["translation"]["en"], "deu": row["translation"]["de"]}}
+        for row in made.translation_rows(n, seed)
+    ])  # fmt: skip
+    if not isinstance(AutoTokenizer.from_pretrained(tmp_path / "nllb"), NllbTokenizer):
+        pytest.skip("this version of transformers loads NLLB's tokenizer as one without languages")
+    more = ["--source_lang=eng_Latn", "--target_lang=deu_Latn", "--predict_with_generate", "--max_target_length=9"]
+    run_translation.main(arguments(tmp_path, files, str(tmp_path / "nllb"), *more))
+    saved = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert saved["forced_bos_token_id"] == tokenizer.convert_tokens_to_ids("deu_Latn")
+    saved = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert saved.convert_ids_to_tokens(saved("the film")["input_ids"])[0] == "eng_Latn"
+    (tmp_path / "again").mkdir()
+    more = ("--source_lang", "eng_Latn", "--target_lang", "deu")
+    with pytest.raises(ValueError, match="--target_lang deu is no language"):
+        run_translation.main(arguments(tmp_path / "again", files, str(tmp_path / "nllb"), *more, steps="do_train"))
+
+
 # ---- What baseline and R-Drop must share ----
 
 
-@pytest.mark.parametrize("grouping", [[], ["--train_sampling_strategy", "group_by_length"]])
+@pytest.mark.parametrize("grouping", [[], GROUPING])
 def test_data_order_depends_on_the_seed_and_not_on_alpha(tmp_path, seq2seq, monkeypatch, grouping):
     files = write_splits(tmp_path, made.translation_rows)
     orders, original = {}, run_translation.PairCollator
@@ -373,7 +467,7 @@ def test_predictions_keep_the_order_of_the_rows_under_length_grouping(tmp_path, 
     trained = write_splits(tmp_path, classification("regression"), "{split}.csv")
     run_glue.main(arguments(tmp_path, trained, encoder, steps="do_train"))
     outputs = []
-    for name, more in (("plain", []), ("grouped", ["--train_sampling_strategy", "group_by_length"])):
+    for name, more in (("plain", []), ("grouped", GROUPING)):
         (tmp_path / name).mkdir()
         more = (*more, f"--test_file={test}", "--per_device_eval_batch_size", 3)
         run_glue.main(arguments(tmp_path / name, [], str(tmp_path / "out"), *more, steps="do_predict"))
@@ -385,6 +479,13 @@ def test_predictions_keep_the_order_of_the_rows_under_length_grouping(tmp_path, 
 # ---- Resuming, and runs that end early ----
 
 
+resumes_bert = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.6"),
+    reason="transformers before 5.6 saves BERT under names that it does not find when resuming",
+)
+
+
+@resumes_bert
 @pytest.mark.parametrize("resume", ["last", "true", "checkpoint-4"])
 def test_glue_resumed_is_as_uninterrupted(tmp_path, encoder, resume):
     files = write_splits(tmp_path, classification("pairs"))
@@ -417,7 +518,7 @@ def stop_at_step(patch, trainer_class, step):
 def test_translation_resumes_within_a_length_grouped_epoch(tmp_path, seq2seq):
     files = write_splits(tmp_path, made.translation_rows)
     quick = [*QUICK[:-2], "--save_steps", "4", "--num_train_epochs", "3", "--per_device_train_batch_size", "4"]
-    more = (*TRANSLATION[:4], "--train_sampling_strategy", "group_by_length")
+    more = (*TRANSLATION[:4], *GROUPING)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir(), parts.mkdir()
     run_translation.main(arguments(whole, files, seq2seq, *more, steps="do_train", quick=quick))
@@ -429,6 +530,20 @@ def test_translation_resumes_within_a_length_grouped_epoch(tmp_path, seq2seq):
     assert_same_weights(whole / "out", parts / "out")
 
 
+def test_checkpoint_with_other_weights_is_not_resumed(tmp_path, encoder):
+    """The Trainer only warns of it, and goes on with fresh weights."""
+    files = write_splits(tmp_path, classification("pairs"))
+    quick = [*QUICK[:-2], "--save_steps", "2", "--max_steps"]
+    run_glue.main(arguments(tmp_path, files, encoder, quick=[*quick, "2"]))
+    checkpoint = tmp_path / "out" / "checkpoint-2" / "model.safetensors"
+    save_file({name.replace("LayerNorm", "norm"): w.clone() for name, w in load_file(checkpoint).items()}, checkpoint)
+    before = sorted(path.name for path in (tmp_path / "out").iterdir())
+    with pytest.raises(ValueError, match="other names than the model's"):
+        run_glue.main(arguments(tmp_path, files, encoder, "--resume_from_checkpoint", "last", quick=[*quick, "4"]))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == before
+
+
+@resumes_bert
 def test_results_of_an_earlier_end_do_not_outlive_a_resumed_run_that_fails(tmp_path, encoder):
     files = write_splits(tmp_path, classification("pairs"))
     quick = [*QUICK[:-2], "--save_steps", "2", "--max_steps"]
@@ -534,6 +649,16 @@ def test_plain_loop_resumed_is_as_uninterrupted(tmp_path, encoder, monkeypatch):
     resumed = run_glue_no_trainer.main(loop_arguments(parts, files, encoder, *more))
     assert_same_weights(whole / "out", parts / "out")
     assert resumed["train_loss"] == pytest.approx(full["train_loss"])
+
+
+def test_plain_loop_does_not_inherit_the_precision_of_an_earlier_run(tmp_path, encoder):
+    files = write_splits(tmp_path, classification("pairs"), sizes=(8, 5, 5))
+    for name in ("alone", "bf16", "after"):
+        (tmp_path / name).mkdir()
+    run_glue_no_trainer.main(loop_arguments(tmp_path / "alone", files, encoder, "--max_train_steps", 1))
+    run_glue.main(arguments(tmp_path / "bf16", files, encoder, "--bf16", steps="do_train"))
+    run_glue_no_trainer.main(loop_arguments(tmp_path / "after", files, encoder, "--max_train_steps", 1))
+    assert_same_weights(tmp_path / "alone" / "out", tmp_path / "after" / "out")
 
 
 def raise_interrupt(*args):
