@@ -18,9 +18,7 @@ import run_glue_no_trainer
 import run_ner
 import run_translation
 import script_data as made
-import transformers
 import translation_data
-from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -29,7 +27,6 @@ from transformers import (
     M2M100ForConditionalGeneration,
     NllbTokenizer,
     PreTrainedTokenizerFast,
-    TrainingArguments,
 )
 
 SCRIPTS = Path(common.__file__).parent
@@ -46,9 +43,7 @@ QUICK = [
     "no",
 ]
 
-# Its name in transformers 5.0, and since 5.1.
-HAS_STRATEGY = hasattr(TrainingArguments, "train_sampling_strategy")
-GROUPING = ["--train_sampling_strategy", "group_by_length"] if HAS_STRATEGY else ["--group_by_length"]
+GROUPING = ["--train_sampling_strategy", "group_by_length"]
 
 
 @pytest.fixture(scope="session")
@@ -479,13 +474,6 @@ def test_predictions_keep_the_order_of_the_rows_under_length_grouping(tmp_path, 
 # ---- Resuming, and runs that end early ----
 
 
-resumes_bert = pytest.mark.skipif(
-    Version(transformers.__version__) < Version("5.6"),
-    reason="transformers before 5.6 saves BERT under names that it does not find when resuming",
-)
-
-
-@resumes_bert
 @pytest.mark.parametrize("resume", ["last", "true", "checkpoint-4"])
 def test_glue_resumed_is_as_uninterrupted(tmp_path, encoder, resume):
     files = write_splits(tmp_path, classification("pairs"))
@@ -543,7 +531,6 @@ def test_checkpoint_with_other_weights_is_not_resumed(tmp_path, encoder):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == before
 
 
-@resumes_bert
 def test_results_of_an_earlier_end_do_not_outlive_a_resumed_run_that_fails(tmp_path, encoder):
     files = write_splits(tmp_path, classification("pairs"))
     quick = [*QUICK[:-2], "--save_steps", "2", "--max_steps"]

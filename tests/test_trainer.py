@@ -357,7 +357,7 @@ def test_lora_adapters_train_with_the_base_frozen():
 
 
 def test_resumed_training_is_bit_identical_and_logs_go_on(tmp_path):
-    """At the end of an epoch: transformers 5.0 itself does not resume bit for bit in the middle of one."""
+    """At the end of an epoch: the oldest supported Trainer itself is not bit-identical in the middle of one."""
     args = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "logging_steps": 2, "rdrop_alpha": 2.0}
     whole = train(make_model("single", 0.3), output_dir=str(tmp_path / "whole"), **args)
 
