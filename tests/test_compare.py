@@ -157,3 +157,21 @@ def test_arms_of_a_seed_run_beside_each_other_and_differ_in_alpha_only():
     assert [(run.seed, run.arm) for run in runs] == [(4, "baseline"), (4, "r-drop"), (5, "baseline"), (5, "r-drop")]
     base, ours = (run.arguments for run in runs[:2])
     assert base == ("--do_train", "--rdrop_alpha", "0") and ours == ("--do_train", "--rdrop_alpha", "2.0")
+
+
+@pytest.mark.slow
+def test_demo_with_one_seed(tmp_path):
+    folder = tmp_path / "demo"
+    line = ["--demo", "--seeds", "0", "--output_dir", str(folder)]
+    rows = compare.main(line)
+    assert [row["task"] for row in rows] == ["classification", "ner", "translation"]
+    # well above chance and well below perfect, or the demo shows nothing
+    for row, (low, high) in zip(rows, ((60, 90), (40, 90), (25, 90)), strict=True):
+        assert low < row["baseline_scores"][0] < high
+        assert row["train_seconds_ratio"] > 1.1 and row["scores"] != row["baseline_scores"]
+    assert {path.name for path in folder.glob("comparison.*")} == {
+        f"comparison.{end}" for end in ("md", "json", "png")
+    }
+    stamps = {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/*/*/output/all_results.json")}
+    assert compare.main(line) == rows  # everything is finished: nothing runs again
+    assert len(stamps) == 6 and all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
