@@ -97,6 +97,7 @@ def _run(run: Run, jobs: int, processes: set[subprocess.Popen]) -> str | None:
     write_json(run.folder / RUN_FILE, {"command": run.command[1:]})
     threads = max(1, (os.cpu_count() or 1) // jobs)
     env = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    env["PYTHONUNBUFFERED"] = "1"  # the log shows how far the run is
     log = run.folder / "log.txt"
     started = time.monotonic()
     with log.open("w", encoding="utf-8") as stream:
