@@ -32,8 +32,10 @@ def blocks(language):
 
 
 def commands():
-    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
-    return [line for line in lines if line.startswith("python scripts/")]
+    text = "\n".join(blocks("bash")).replace("\\\n", " ")
+    for name, value in re.findall(r'^(\w+)="(.*)"$', text, flags=re.MULTILINE):
+        text = text.replace(f"${name}", value)
+    return [line for line in text.splitlines() if line.startswith("python scripts/")]
 
 
 @pytest.mark.parametrize("block", blocks("python"))
