@@ -45,7 +45,7 @@ class Task:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--demo", action="store_true", help="compare on the embedded demo data (about 3 minutes on 2 cores)")
+    parser.add_argument("--demo", action="store_true", help="compare on the embedded demo data (3 minutes on 2 cores)")
     parser.add_argument("--script", choices=["run_glue.py", "run_ner.py", "run_translation.py"])
     parser.add_argument("--metric", help="what to compare, as in the script's eval_results.json, e.g. eval_accuracy")
     parser.add_argument(
