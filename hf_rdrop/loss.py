@@ -95,13 +95,14 @@ class RDropLoss(nn.Module):
         if any(logits.shape != logits_a.shape for logits in passes):
             raise ValueError(f"All passes must have one shape, got {[tuple(logits.shape) for logits in passes]}.")
         logits = torch.stack(passes)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
         if self.problem_type == "single_label_classification":
             if labels.shape != logits_a.shape[:-1]:
                 raise ValueError(_shape_message(labels, "one class index per item", logits_a.shape[:-1]))
             mask = labels != -100
             targets = labels.expand(len(passes), *labels.shape)
             ce_sum = F.cross_entropy(
-                logits.flatten(0, -2).float() if logits.dtype != torch.float64 else logits.flatten(0, -2),
+                logits.flatten(0, -2),
                 targets.flatten(),
                 ignore_index=-100,
                 reduction="sum",

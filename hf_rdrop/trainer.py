@@ -182,7 +182,7 @@ class RDropMixin(_AnyTrainer):
             return 1 / getattr(self, "current_gradient_accumulation_steps", 1)
         across = self.args.average_tokens_across_devices
         ranks = self.accelerator.num_processes if across else 1  # undoes the averaging of gradients over the ranks
-        return count / num_items_in_batch.clamp(min=1) * ranks
+        return count / torch.as_tensor(num_items_in_batch, device=count.device).clamp(min=1) * ranks
 
     # ---- Logs ----
 

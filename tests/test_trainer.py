@@ -100,6 +100,16 @@ def test_no_valid_item_gives_zero_and_finite_gradients(tmp_path):
         assert all(p.grad is None or torch.all(p.grad == 0) for p in trainer.model.parameters())
 
 
+def test_loss_is_the_batchs_share_of_the_step(tmp_path):
+    """Called directly: a mean without a count, and its share of the count with one (a tensor or a plain number)."""
+    trainer = make_trainer("token", 2.0, str(tmp_path), dropout=1e-9)
+    model, batch = trainer.model.train(), make_batch("token", trainer.model)
+    mean = trainer.compute_loss(model, batch)
+    items = int((batch["labels"] != -100).sum())
+    for count in (4 * items, torch.tensor(4 * items)):
+        torch.testing.assert_close(trainer.compute_loss(model, batch, num_items_in_batch=count), mean / 4)
+
+
 def test_a_micro_batch_without_valid_items_does_not_disturb_the_others():
     rows = make_rows("token", 8)
     for row in rows[4:]:
