@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .dropout import inspect_dropout, is_stochastic
 from .heads import SUPPORTED_HEADS
@@ -47,13 +47,24 @@ def check_training_setup(trainer: "RDropMixin") -> None:
             "so neither the passes nor the valid items can be told apart there. Use data parallelism (DDP, FSDP, "
             "DeepSpeed ZeRO), or set rdrop_alpha to 0."
         )
-    sources = inspect_dropout(trainer.base_model)
-    if not is_stochastic(sources) and not trainer.args.neftune_noise_alpha:
+    if not trainer.args.neftune_noise_alpha:  # that noise differs between the passes too
+        check_stochastic(trainer.base_model)
+
+
+def check_stochastic(model: nn.Module) -> None:
+    """Check that something random in the model differs between the passes.
+
+    Raises:
+        ValueError: when nothing does.
+    """
+    sources = inspect_dropout(model)
+    if not is_stochastic(sources):
         found = ", ".join(sorted({f"{s.name.rpartition('.')[2]} ({s.kind}) = {s.rate:g}" for s in sources}))
         raise ValueError(
             "Nothing in this model is stochastic in a way that differs between the passes, so they would be "
             f"identical, the KL term always 0, and the second pass wasted. Found: {found or 'no dropout at all'}. "
-            "Set a dropout rate with rdrop_dropout=0.1 (or hf_rdrop.set_dropout(model, 0.1)), or set rdrop_alpha to 0."
+            "Set a dropout rate with rdrop_dropout=0.1 (--rdrop_dropout 0.1 on a command line, or "
+            "hf_rdrop.set_dropout(model, 0.1)), or set rdrop_alpha to 0 (--rdrop_alpha 0)."
         )
 
 

@@ -120,7 +120,7 @@ def read_table(path: str) -> Dataset:
     suffix = file.with_suffix("").suffix if file.suffix == ".gz" else file.suffix
     if suffix not in FORMATS:
         raise ValueError(f"{path} is of no known format: the name must end in {', '.join(FORMATS)}, also with .gz.")
-    text = _read_text(file)
+    text = read_text(file)
     rows = list(_csv_rows(file, text, suffix) if suffix in (".csv", ".tsv") else _json_rows(file, text))
     if not rows:
         raise ValueError(f"{path} is empty: it holds no example. Check that it was written completely.")
@@ -128,7 +128,12 @@ def read_table(path: str) -> Dataset:
     return Dataset(pa.table({name: _column(file, name, [row.get(name) for row in rows]) for name in names}))
 
 
-def _read_text(file: Path) -> str:
+def read_text(file: Path) -> str:
+    """The text of a UTF-8 file, also of a .gz one.
+
+    Raises:
+        ValueError: it is broken, or no text; with the line where that is known.
+    """
     try:
         data = file.read_bytes()
         if file.suffix == ".gz":

@@ -15,10 +15,8 @@ Weights are drawn with standard deviation hidden_size ** -0.5 (Glorot's for a sq
 of a wide model, and leaves a narrow one close to zero.
 """
 
-import gzip
 import shutil
 import tempfile
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +24,7 @@ from typing import Any, Literal
 
 import torch
 from common import cli, parse_arguments
-from data_files import read_table
+from data_files import read_table, read_text
 from train_tokenizer import train_tokenizer
 from transformers import (
     AutoModel,
@@ -111,7 +109,9 @@ def read_texts(path: str, columns: Sequence[str] | None) -> Iterator[str]:
         ValueError: The file cannot be read, a column is missing, or a value is no text; tells the line or row.
     """
     if path.endswith((".txt", ".txt.gz")):
-        yield from (line.strip() for line in _lines(Path(path)) if line.strip())
+        if not Path(path).is_file():
+            raise ValueError(f"{path} does not exist.")
+        yield from (line.strip() for line in read_text(Path(path)).split("\n") if line.strip())
         return
     dataset = read_table(path)
     if not columns:
@@ -122,18 +122,6 @@ def read_texts(path: str, columns: Sequence[str] | None) -> Iterator[str]:
         for column in columns:
             if text := _text(f"{path}, row {number}", row, column):
                 yield text
-
-
-def _lines(path: Path) -> list[str]:
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist.")
-    try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        return data.decode("utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error.reason}); convert the file to UTF-8.") from error
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} is not a complete gzip file ({error}); compress or copy it again.") from error
 
 
 def _text(where: str, row: dict[str, Any], column: str) -> str:

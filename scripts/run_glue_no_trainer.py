@@ -39,9 +39,9 @@ from model_loading import ModelArguments, fit_length, load_config, load_model, l
 from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, SchedulerType, get_scheduler
 
-from hf_rdrop import RDropArguments, RDropLoss, inspect_dropout, set_dropout
+from hf_rdrop import RDropArguments, RDropLoss, set_dropout
 from hf_rdrop.batch import repeat_batch, split_passes
-from hf_rdrop.dropout import is_stochastic
+from hf_rdrop.checks import check_stochastic
 
 logger = logging.getLogger(__name__)
 
@@ -105,11 +105,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     model = load_model(AutoModelForSequenceClassification, "sequence classification", model_args, config, tokenizer)
     if args.rdrop_dropout is not None:
         set_dropout(model, args.rdrop_dropout)
-    if args.rdrop_alpha and not is_stochastic(inspect_dropout(model)):
-        raise ValueError(
-            "nothing in this model is stochastic, so both passes would be the same and the agreement always 0. Give "
-            "--rdrop_dropout 0.1, or --rdrop_alpha 0 for the baseline."
-        )
+    if args.rdrop_alpha:
+        check_stochastic(model)
     data_args.max_seq_length = fit_length(data_args.max_seq_length, "max_seq_length", tokenizer, config)
     with accelerator.main_process_first():
         data = {
