@@ -91,17 +91,20 @@ def stack_passes(logits: Tensor, passes: int = 2) -> Tensor:
     return logits.unflatten(0, (passes, -1))
 
 
-def first_pass(outputs: Any, passes: int, batch_size: int) -> Any:
-    """Cut the outputs of a repeated batch back to the B rows of the first pass; other values are passed through."""
-    if isinstance(outputs, Tensor):
-        repeated = outputs.dim() > 0 and len(outputs) == passes * batch_size
-        return outputs[:batch_size] if repeated else outputs
-    if isinstance(outputs, Mapping):
-        cut = {key: first_pass(value, passes, batch_size) for key, value in outputs.items()}
-        return cut if type(outputs) is dict else type(outputs)(**cut)  # a ModelOutput is made from keywords
-    if isinstance(outputs, (list, tuple)):
-        return _like(outputs, [first_pass(value, passes, batch_size) for value in outputs])
-    return outputs
+def first_rows(values: Any, total: int, rows: int) -> Any:
+    """Cut every tensor of `total` rows (in dicts, model outputs, lists and tuples) to the first `rows`.
+
+    A repeated batch of m * B rows is cut back to its first pass with ``first_rows(outputs, m * B, B)``. Other values
+    are passed through.
+    """
+    if isinstance(values, Tensor):
+        return values[:rows] if values.dim() > 0 and len(values) == total else values
+    if isinstance(values, Mapping):
+        cut = {key: first_rows(value, total, rows) for key, value in values.items()}
+        return cut if type(values) is dict else type(values)(**cut)  # a ModelOutput is made from keywords
+    if isinstance(values, (list, tuple)):
+        return _like(values, [first_rows(value, total, rows) for value in values])
+    return values
 
 
 def _like(template: list[Any] | tuple[Any, ...], items: list[Any]) -> Any:

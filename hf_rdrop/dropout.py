@@ -8,6 +8,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from itertools import pairwise
 from numbers import Real
@@ -210,3 +211,15 @@ def set_dropout(model: nn.Module, p: float) -> None:
                 setattr(config, name, rate)
             elif isinstance(value, (list, tuple)) and all(map(_is_rate, value)):  # one rate per stage, as in CvT
                 setattr(config, name, type(value)([rate] * len(value)))
+
+
+@contextmanager
+def dropout_off(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a moment; afterwards every module has its own mode back (a frozen one may be in eval)."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

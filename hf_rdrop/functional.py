@@ -71,7 +71,7 @@ def softmax_agreement(logits: Tensor, mask: Tensor | None = None) -> Tensor:
             f"The mask has shape {tuple(mask.shape)}, the logits have items of shape {tuple(items)}: one mask value "
             "per item is needed. For causal language models shift the mask with the labels."
         )
-    dtype = _compute_dtype(logits)
+    dtype = compute_dtype(logits)
     weight = torch.ones(items, device=logits.device) if mask is None else mask.to(logits.device)
     weight = weight.to(dtype).flatten()
     weight = weight / weight.sum().clamp(min=1)
@@ -140,7 +140,7 @@ def bernoulli_agreement(logits: Tensor, mask: Tensor | None = None) -> Tensor:
         ValueError: if m < 2.
     """
     _check_passes(logits)
-    logits = logits.to(_compute_dtype(logits))
+    logits = logits.to(compute_dtype(logits))
     p = logits.sigmoid()
     same = (logits == logits[0]).all(0)  # also where all passes hold the same infinity, whose difference is nan
     difference = torch.where(same, 0, logits - logits.mean(0))
@@ -161,7 +161,7 @@ def squared_agreement(logits: Tensor, mask: Tensor | None = None) -> Tensor:
         ValueError: if m < 2.
     """
     _check_passes(logits)
-    logits = logits.to(_compute_dtype(logits))
+    logits = logits.to(compute_dtype(logits))
     return _masked_mean(2 * (logits - logits.mean(0)).square().sum(0) / (len(logits) - 1), mask)
 
 
@@ -181,7 +181,8 @@ def _check_passes(logits: Tensor) -> None:
         )
 
 
-def _compute_dtype(logits: Tensor) -> torch.dtype:
+def compute_dtype(logits: Tensor) -> torch.dtype:
+    """The precision of softmax and divergences: float32, or float64 for float64."""
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 

@@ -35,9 +35,12 @@ def valid_items(labels: Tensor, shift_labels: bool = False) -> Tensor:
     """
     if labels.is_floating_point():
         return torch.ones_like(labels, dtype=torch.bool)
-    if shift_labels:  # the mask keeps the logits' length: position t is scored against label t + 1
-        return F.pad(labels[..., 1:] != -100, (0, 1), value=False)
-    return labels != -100
+    return (shifted_labels(labels) if shift_labels else labels) != -100
+
+
+def shifted_labels(labels: Tensor) -> Tensor:
+    """The labels of a head that predicts the next token, as long as its logits: position t gets label t + 1."""
+    return F.pad(labels[..., 1:], (0, 1), value=-100)
 
 
 def find_logits(outputs: Any, rows: int) -> Tensor:

@@ -9,11 +9,14 @@ from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from .batch import NON_BATCH_INPUTS, first_pass, get_batch_size, repeat_batch
+from .batch import NON_BATCH_INPUTS, first_rows, get_batch_size, repeat_batch
 from .checks import check_batch, check_training_setup
 from .dropout import inspect_dropout, set_dropout
+from .fused_head import FusedHead, choose_fused_head
 from .heads import find_logits, resolve_head, valid_items
+from .loss_log import INERT_SHARE, INERT_STEPS, LossLog
 from .training_args import RDropArguments
+from .trunk import SharedTrunk, check_shared_trunk
 
 if TYPE_CHECKING:
     _AnyTrainer = Trainer
@@ -21,9 +24,6 @@ else:
     _AnyTrainer = object  # the mixin calls what every Trainer has, but derives from none
 
 logger = logging.getLogger(__name__)
-
-# The agreement is called inert when alpha/2 * KL is below this share of CE over this many first steps.
-INERT_SHARE, INERT_STEPS = 0.01, 100
 
 
 class RDropMixin(_AnyTrainer):
@@ -68,9 +68,10 @@ class RDropMixin(_AnyTrainer):
         # Have the Trainer count the valid items of each optimizer step whatever the model accepts, and take our loss
         # as scaled whenever it has counted: `compute_loss` does the division.
         self.model_accepts_loss_kwargs, self.loss_is_scaled_for_ga = True, None
-        self._loss_sums: Tensor | None = None
-        self._early_sums: Tensor | None = None
-        self._inert_checked = False
+        self._log = LossLog()
+        self._trunk: SharedTrunk | None = None
+        self._fused_head: FusedHead | None = None
+        self._first_batch = True
         self._apply_dropout(self.model)
         if self.compute_loss_func is not None:
             self.compute_loss_func = self._as_mean(self.compute_loss_func)
@@ -113,12 +114,58 @@ class RDropMixin(_AnyTrainer):
         )
 
     def _begin_training(self) -> None:
-        """Refuse what cannot work, with a reason, before the first step; forget what an interrupted run logged."""
-        self._loss_sums = self._early_sums = None
-        self._inert_checked = self.state.global_step >= INERT_STEPS
+        """Refuse what cannot work, with a reason, before the first step; forget an interrupted run."""
+        self._log, self._first_batch, self._fused_head = LossLog(self.state.global_step), True, None
+        if self._trunk is not None:
+            self._trunk.remove()
+            self._trunk = None
         check_training_setup(self)
+        if self.rdrop_argument("alpha") and (shared := self.rdrop_argument("shared_layers")):
+            self._trunk = SharedTrunk(self.base_model, shared, non_batch_inputs=self.non_batch_inputs)
+
+    def _check_economies(self, model: nn.Module, inputs: dict[str, Any], labels: Tensor, size: int) -> None:
+        """With the first batch at hand, try out the shared trunk and the fused head; say what a step will cost."""
+        self._first_batch = False
+        passes = self.rdrop_argument("passes")
+        model = getattr(model, "_orig_mod", model)  # nothing is compiled for the sake of a check
+        if self._trunk is not None:
+            check_shared_trunk(self._trunk, model, self._repeat(inputs, passes, size), passes, batch_size=size)
+        self._fused_head = choose_fused_head(
+            self.rdrop_argument("fused_head"),
+            self.base_model,
+            model,
+            inputs,
+            labels,
+            shift_labels=self._shift_labels,
+            obstacle=self._fused_head_obstacle,
+        )
+
+    @property
+    def _fused_head_obstacle(self) -> str | None:
+        """Why the loss of this Trainer cannot be computed in place of the head, whatever the model is."""
+        if self.compute_loss_func is not None:
+            return "there is a compute_loss_func, which needs the logits"
+        parents = type(self).__mro__[type(self).__mro__.index(RDropMixin) + 1 :]
+        owner = next(parent for parent in parents if "compute_loss" in vars(parent))
+        if owner is not Trainer:
+            return f"{owner.__name__} has a compute_loss of its own, which may need the logits"
+        return None
+
+    @property
+    def _passes(self) -> int:
+        """How often this optimizer step's batches are repeated while training."""
+        if not self.rdrop_argument("alpha") or self.state.global_step % self.rdrop_argument("interval"):
+            return 1
+        return self.rdrop_argument("passes")
 
     # ---- The objective ----
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        try:
+            return super().training_step(*args, **kwargs)
+        finally:
+            if self._trunk is not None:
+                self._trunk.stop()  # not sooner: gradient checkpointing runs the shared layers again in backward
 
     def compute_loss(
         self,
@@ -128,33 +175,55 @@ class RDropMixin(_AnyTrainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """R-Drop's loss in training, the plain mean loss of one pass in evaluation. See `RDropMixin`."""
-        alpha = self.rdrop_argument("alpha")
-        passes = self.rdrop_argument("passes") if alpha and model.training else 1
-        if passes == 1:
+        if not model.training:
             # A copy, because the Trainer pops the labels off the dict when it smooths them.
-            ce, outputs = super().compute_loss(model, dict(inputs), return_outputs=True, num_items_in_batch=None)
-            if not model.training:
-                return (ce, outputs) if return_outputs else ce
-            kl = torch.zeros_like(ce)
-        else:
+            loss, outputs = super().compute_loss(model, dict(inputs), return_outputs=True, num_items_in_batch=None)
+            return (loss, outputs) if return_outputs else loss
+
+        alpha, passes, outputs = self.rdrop_argument("alpha"), self._passes, None
+        size = 0
+        if alpha:
             labels = check_batch(self, inputs)
             size = get_batch_size(inputs, (*self.label_names, "input_ids"))
-            repeated = repeat_batch(inputs, passes, batch_size=size, non_batch_inputs=self.non_batch_inputs)
-            ce, outputs = super().compute_loss(model, repeated, return_outputs=True, num_items_in_batch=None)
-            logits = find_logits(outputs, rows=passes * size)
-            head = resolve_head(getattr(self.base_model, "config", None), logits, labels, passes, self._shift_labels)
-            kl = head.agreement(logits, passes)
-            outputs = first_pass(outputs, passes, size) if return_outputs else None
+            if self._first_batch:
+                self._check_economies(model, inputs, labels, size)
+        if self._trunk is not None and passes > 1:
+            self._trunk.start(passes)
 
         count = self._count_items(inputs)
-        if count is not None:
-            ce = torch.where(count > 0, ce, 0)  # the mean over no item is 0 and not nan
-        loss = ce + alpha / 2 * kl if passes > 1 else ce
+        if self._fused_head is not None and not return_outputs:
+            loss, ce, kl = self._fused_head.loss(
+                model,
+                inputs,
+                lambda batch: self._repeat(batch, passes, size),
+                passes=passes,
+                shift_labels=self._shift_labels,
+                alpha=alpha,
+                label_smoothing=self.args.label_smoothing_factor,
+            )
+        else:
+            repeated = self._repeat(inputs, passes, size) if passes > 1 else dict(inputs)
+            ce, outputs = super().compute_loss(model, repeated, return_outputs=True, num_items_in_batch=None)
+            if count is not None:
+                ce = torch.where(count > 0, ce, 0)  # the mean over no item is 0 and not nan
+            loss, kl = ce, torch.zeros_like(ce)
+            if passes > 1:
+                logits = find_logits(outputs, rows=passes * size)
+                config = getattr(self.base_model, "config", None)
+                head = resolve_head(config, logits, labels, passes, self._shift_labels)
+                kl = head.agreement(logits, passes)
+                loss = ce + alpha / 2 * kl
+                outputs = first_rows(outputs, passes * size, size) if return_outputs else None
+
         scale = self._step_share(count, num_items_in_batch)
-        self._record(torch.stack((loss.detach(), ce.detach(), kl.detach())) * scale)
+        parts = torch.stack((loss.detach(), ce.detach(), kl.detach())) * scale
+        self._log.add(self.state.global_step, parts, passes > 1, self.args.logging_nan_inf_filter)
         if num_items_in_batch is not None or self.compute_loss_func is not None:
             loss = loss * scale  # otherwise `training_step` divides by the accumulation steps
         return (loss, outputs) if return_outputs else loss
+
+    def _repeat(self, inputs: dict[str, Any], passes: int, size: int) -> dict[str, Any]:
+        return repeat_batch(inputs, passes, batch_size=size, non_batch_inputs=self.non_batch_inputs)
 
     # ---- Normalisation over the optimizer step ----
 
@@ -186,46 +255,27 @@ class RDropMixin(_AnyTrainer):
 
     # ---- Logs ----
 
-    def _record(self, sums: Tensor) -> None:
-        """Add (loss, ce, kl) of one batch to the running sums, on the device."""
-        if self._loss_sums is None:
-            self._loss_sums, self._sums_since = torch.zeros_like(sums), self.state.global_step
-        if self.args.logging_nan_inf_filter:  # as the Trainer does for `loss`: the average so far instead of a nan
-            average = self._loss_sums / (1 + self.state.global_step - self._sums_since)
-            sums = torch.where(sums[0].isfinite(), sums, average)
-        self._loss_sums += sums
-        if not self._inert_checked and self.is_in_train:
-            self._early_sums = sums if self._early_sums is None else self._early_sums + sums
-
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if "loss" in logs and self._loss_sums is not None:
-            steps = max(1, self.state.global_step - self._sums_since)
-            _, ce, kl = (self.accelerator.gather(self._loss_sums[None]).mean(0) / steps).tolist()
-            logs["ce_loss"], logs["kl_loss"] = ce, kl
+        if "loss" in logs and (means := self._log.take(self.state.global_step, self.accelerator.gather)) is not None:
+            logs["ce_loss"], logs["kl_loss"] = ce, kl = means
             logs["kl_share"] = self.rdrop_argument("alpha") / 2 * kl / ce if ce else 0.0
-            self._loss_sums = None
         super().log(logs, *args, **kwargs)
 
     def _warn_if_inert(self) -> None:
         """Say once, after the first hundred steps, when the agreement term does nothing."""
-        self._inert_checked = True
         alpha = self.rdrop_argument("alpha")
-        if not alpha or self._early_sums is None or not self.is_world_process_zero():
-            return
-        _, ce, kl = (self._early_sums / INERT_STEPS).tolist()
-        if alpha / 2 * kl < INERT_SHARE * ce:
+        parts = self._log.inert_parts(self.state.global_step, alpha)
+        if parts is not None and self.is_world_process_zero():
             rates = sorted({s.rate for s in inspect_dropout(self.base_model) if s.rate > 0})
             logger.warning(
-                f"R-Drop: over the first {INERT_STEPS} steps alpha/2 * KL was {alpha / 2 * kl:.2g}, under "
-                f"{INERT_SHARE:.0%} of the cross-entropy ({ce:.2g}): the agreement term hardly changes the training. "
-                f"The sub-models already agree: raise the dropout rate (rdrop_dropout; now {rates}) or rdrop_alpha "
-                f"(now {alpha:g}), or save the second pass with rdrop_alpha=0."
+                f"R-Drop: over the first {INERT_STEPS} steps alpha/2 * KL was {parts[0]:.2g}, under "
+                f"{INERT_SHARE:.0%} of the cross-entropy ({parts[1]:.2g}): the agreement term hardly changes the "
+                f"training. The sub-models already agree: raise the dropout rate (rdrop_dropout; now {rates}) or "
+                f"rdrop_alpha (now {alpha:g}), or save the second pass with rdrop_alpha=0."
             )
-        self._early_sums = None
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        passes = self.rdrop_argument("passes") if self.rdrop_argument("alpha") else 1
-        return super().floating_point_ops(inputs) * passes
+        return super().floating_point_ops(inputs) * self._passes
 
 
 class _RDropCallback(TrainerCallback):
@@ -237,9 +287,8 @@ class _RDropCallback(TrainerCallback):
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self.trainer._begin_training()  # also when `auto_find_batch_size` starts again
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step >= INERT_STEPS and not self.trainer._inert_checked:
-            self.trainer._warn_if_inert()
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer._warn_if_inert()
 
 
 class RDropTrainer(RDropMixin, Trainer):

@@ -45,8 +45,51 @@ class RDropArguments:
         },
     )
 
+    # Exact, so it is on where it pays; the other two change the objective and are off.
+    rdrop_fused_head: str = field(
+        default="auto",
+        metadata={
+            "help": "Language-model heads (translation, causal, masked): compute CE, KL and their gradients from the "
+            "hidden states chunk by chunk, so that the logits of the whole vocabulary never exist. The objective is "
+            "the same, in less time and memory. 'auto': where the vocabulary is large enough to gain by it and the "
+            "model does nothing else with its head's output; 'on': an error where that is not so; 'off': never.",
+            "choices": ["auto", "on", "off"],
+        },
+    )
+    rdrop_shared_layers: float = field(
+        default=0,
+        metadata={
+            "help": "Economy: the passes share the first k transformer layers, which run once, so that only the "
+            "layers above them see different dropout masks; a step of L layers costs (k + m * (L - k)) / L of a plain "
+            "one. A whole number k >= 1, or a fraction of the layers in (0, 1). Of an encoder-decoder the encoder's "
+            "layers come first. 0 shares nothing: the paper."
+        },
+    )
+    rdrop_interval: int = field(
+        default=1,
+        metadata={
+            "help": "Economy: R-Drop at every n-th optimizer step only, n >= 1, plain steps on the plain batch "
+            "between them. 1 is the paper, which found larger intervals faster and less good."
+        },
+    )
+
     def __post_init__(self) -> None:
         check_alpha(self.rdrop_alpha)
+        if self.rdrop_fused_head not in ("auto", "on", "off"):
+            raise ValueError(f"rdrop_fused_head must be 'auto', 'on' or 'off', got {self.rdrop_fused_head!r}.")
+        shared = self.rdrop_shared_layers
+        number = isinstance(shared, (int, float)) and not isinstance(shared, bool)
+        if not number or not (0 <= shared < 1 or (shared >= 1 and float(shared).is_integer())):
+            raise ValueError(
+                f"rdrop_shared_layers must be a number of layers (0, 1, 2, ...) or a fraction of them in (0, 1), got "
+                f"{shared!r}: the passes share so many of the model's lower layers."
+            )
+        interval = self.rdrop_interval
+        if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
+            raise ValueError(
+                f"rdrop_interval must be an integer >= 1, got {interval!r}: R-Drop at every n-th optimizer step. For "
+                "plain fine-tuning set rdrop_alpha to 0 instead."
+            )
         if isinstance(self.rdrop_passes, bool) or not isinstance(self.rdrop_passes, int) or self.rdrop_passes < 2:
             raise ValueError(
                 f"rdrop_passes must be an integer >= 2, got {self.rdrop_passes!r}: agreement needs two passes to "

@@ -5,7 +5,7 @@ import torch
 from transformers import BatchEncoding
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from hf_rdrop.batch import first_pass, get_batch_size, repeat_batch, split_passes, stack_passes
+from hf_rdrop.batch import first_rows, get_batch_size, repeat_batch, split_passes, stack_passes
 
 
 def test_every_tensor_with_a_batch_dimension_is_repeated_pass_after_pass():
@@ -71,9 +71,9 @@ def test_splitting_undoes_repeating_without_a_copy():
 def test_outputs_are_cut_back_to_the_rows_of_the_batch():
     logits = torch.arange(8.0).view(4, 2)
     out = SequenceClassifierOutput(loss=torch.tensor(1.0), logits=logits, hidden_states=(torch.zeros(4, 3, 2),) * 2)
-    cut = first_pass(out, 2, 2)
+    cut = first_rows(out, 4, 2)
     assert isinstance(cut, SequenceClassifierOutput) and torch.equal(cut.logits, logits[:2])
     assert cut.loss.dim() == 0 and [h.shape[0] for h in cut.hidden_states] == [2, 2]
     assert out.logits.shape == (4, 2)  # the model's own output is left alone
-    assert [t.shape for t in first_pass((torch.tensor(1.0), logits), 2, 2)] == [torch.Size([]), torch.Size([2, 2])]
-    assert first_pass({"logits": logits, "note": "x"}, 2, 2)["note"] == "x"
+    assert [t.shape for t in first_rows((torch.tensor(1.0), logits), 4, 2)] == [torch.Size([]), torch.Size([2, 2])]
+    assert first_rows({"logits": logits, "note": "x"}, 4, 2)["note"] == "x"

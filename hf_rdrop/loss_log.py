@@ -1,0 +1,58 @@
+"""The parts of the loss: summed on the device, read once per log line."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# The agreement is called inert when alpha/2 * KL is below this share of CE over this many first steps.
+INERT_SHARE, INERT_STEPS = 0.01, 100
+
+
+class LossLog:
+    """Running sums of loss, CE and KL; only `take` and `inert_parts` wait for the device.
+
+    Args:
+        step: optimizer steps done so far (more than 0 when training resumes).
+    """
+
+    def __init__(self, step: int = 0) -> None:
+        self._sums: Tensor | None = None
+        self._since = step
+        self._early: Tensor | None = None
+        self._watching = step < INERT_STEPS
+
+    def add(self, step: int, parts: Tensor, has_agreement: bool, skip_nan: bool) -> None:
+        """Add one batch.
+
+        Args:
+            step: optimizer steps done so far.
+            parts: `[loss, ce, kl]` of the batch, each times its weight in the mean over the optimizer step.
+            has_agreement: whether the batch made more than one pass.
+            skip_nan: count the average so far instead of a nan or inf, as the Trainer does for `loss`.
+        """
+        if self._sums is None:
+            self._sums, self._since = torch.zeros_like(parts), step
+        if skip_nan:
+            parts = torch.where(parts[0].isfinite(), parts, self._sums / (1 + step - self._since))
+        self._sums += parts
+        if self._watching and has_agreement:
+            self._early = parts if self._early is None else self._early + parts
+
+    def take(self, step: int, gather: Callable[[Tensor], Tensor]) -> tuple[float, float] | None:
+        """Mean CE and KL of an optimizer step over all processes since the last call, None when nothing was added."""
+        if self._sums is None:
+            return None
+        _, ce, kl = (gather(self._sums[None]).mean(0) / max(1, step - self._since)).tolist()
+        self._sums = None
+        return ce, kl
+
+    def inert_parts(self, step: int, alpha: float) -> tuple[float, float] | None:
+        """Once, after the first hundred steps: alpha/2 * KL and CE of a step if the former hardly counts beside it."""
+        if not self._watching or step < INERT_STEPS:
+            return None
+        early, self._early, self._watching = self._early, None, False
+        if early is None or not alpha:
+            return None
+        _, ce, kl = (early / INERT_STEPS).tolist()
+        return (alpha / 2 * kl, ce) if alpha / 2 * kl < INERT_SHARE * ce else None
