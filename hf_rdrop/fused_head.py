@@ -116,7 +116,7 @@ class FusedHead:
         self,
         model: nn.Module,
         inputs: Mapping[str, Any],
-        repeat: Callable[[dict[str, Any]], dict[str, Any]],
+        repeat: Callable[[dict[str, Any], int], dict[str, Any]],
         *,
         passes: int,
         shift_labels: bool,
@@ -128,7 +128,7 @@ class FusedHead:
         Args:
             model: the model as training calls it.
             inputs: the batch with its labels, not repeated.
-            repeat: repeats a batch for all passes.
+            repeat: repeats a batch, given it and the number of passes.
             passes: m; 1 for a plain step.
             shift_labels: whether the head scores position t against label t + 1.
             alpha: weight of the agreement.
@@ -151,7 +151,7 @@ class FusedHead:
             passes=passes,
         )
         with self._replaced(self._forward, without_final_bias=True):
-            outputs = model(**(repeat(inputs) if passes > 1 else inputs))
+            outputs = model(**(repeat(inputs, passes) if passes > 1 else inputs))
         found, self._found, self._loss = self._found, None, None
         if found is None:
             raise RuntimeError(f"{type(self.model).__name__} did not call its head.")

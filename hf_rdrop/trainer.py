@@ -12,11 +12,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from .batch import NON_BATCH_INPUTS, first_rows, get_batch_size, repeat_batch
 from .checks import check_batch, check_training_setup
 from .dropout import inspect_dropout, set_dropout
-from .fused_head import FusedHead, choose_fused_head
+from .economies import Economies
 from .heads import find_logits, resolve_head, valid_items
 from .loss_log import INERT_SHARE, INERT_STEPS, LossLog
 from .training_args import RDropArguments
-from .trunk import SharedTrunk, check_shared_trunk
 
 if TYPE_CHECKING:
     _AnyTrainer = Trainer
@@ -69,9 +68,7 @@ class RDropMixin(_AnyTrainer):
         # as scaled whenever it has counted: `compute_loss` does the division.
         self.model_accepts_loss_kwargs, self.loss_is_scaled_for_ga = True, None
         self._log = LossLog()
-        self._trunk: SharedTrunk | None = None
-        self._fused_head: FusedHead | None = None
-        self._first_batch = True
+        self._economies: Economies | None = None
         self._apply_dropout(self.model)
         if self.compute_loss_func is not None:
             self.compute_loss_func = self._as_mean(self.compute_loss_func)
@@ -106,50 +103,29 @@ class RDropMixin(_AnyTrainer):
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
     @property
-    def _shift_labels(self) -> bool:
+    def shifts_labels(self) -> bool:
         """Whether the head scores position t against label t + 1 (causal language models)."""
         model = self.base_model
         return type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() and not getattr(
             getattr(model, "config", None), "is_encoder_decoder", False
         )
 
+    @property
+    def user_of_outputs(self) -> str | None:
+        """Whose code is handed the model's outputs in training, logits included, if anybody's beside Trainer's."""
+        if self.compute_loss_func is not None:
+            return "compute_loss_func gets the model's outputs"
+        parent: Any = super().compute_loss
+        own = parent.__func__ is not Trainer.compute_loss
+        return f"{parent.__func__.__qualname__} gets the model's outputs" if own else None
+
     def _begin_training(self) -> None:
         """Refuse what cannot work, with a reason, before the first step; forget an interrupted run."""
-        self._log, self._first_batch, self._fused_head = LossLog(self.state.global_step), True, None
-        if self._trunk is not None:
-            self._trunk.remove()
-            self._trunk = None
+        self._log = LossLog(self.state.global_step)
+        if self._economies is not None:
+            self._economies.remove()
         check_training_setup(self)
-        if self.rdrop_argument("alpha") and (shared := self.rdrop_argument("shared_layers")):
-            self._trunk = SharedTrunk(self.base_model, shared, non_batch_inputs=self.non_batch_inputs)
-
-    def _check_economies(self, model: nn.Module, inputs: dict[str, Any], labels: Tensor, size: int) -> None:
-        """With the first batch at hand, try out the shared trunk and the fused head; say what a step will cost."""
-        self._first_batch = False
-        passes = self.rdrop_argument("passes")
-        model = getattr(model, "_orig_mod", model)  # nothing is compiled for the sake of a check
-        if self._trunk is not None:
-            check_shared_trunk(self._trunk, model, self._repeat(inputs, passes, size), passes, batch_size=size)
-        self._fused_head = choose_fused_head(
-            self.rdrop_argument("fused_head"),
-            self.base_model,
-            model,
-            inputs,
-            labels,
-            shift_labels=self._shift_labels,
-            obstacle=self._fused_head_obstacle,
-        )
-
-    @property
-    def _fused_head_obstacle(self) -> str | None:
-        """Why the loss of this Trainer cannot be computed in place of the head, whatever the model is."""
-        if self.compute_loss_func is not None:
-            return "there is a compute_loss_func, which needs the logits"
-        parents = type(self).__mro__[type(self).__mro__.index(RDropMixin) + 1 :]
-        owner = next(parent for parent in parents if "compute_loss" in vars(parent))
-        if owner is not Trainer:
-            return f"{owner.__name__} has a compute_loss of its own, which may need the logits"
-        return None
+        self._economies = Economies(self)
 
     @property
     def _passes(self) -> int:
@@ -164,8 +140,8 @@ class RDropMixin(_AnyTrainer):
         try:
             return super().training_step(*args, **kwargs)
         finally:
-            if self._trunk is not None:
-                self._trunk.stop()  # not sooner: gradient checkpointing runs the shared layers again in backward
+            if self._economies is not None:
+                self._economies.stop()
 
     def compute_loss(
         self,
@@ -180,37 +156,37 @@ class RDropMixin(_AnyTrainer):
             loss, outputs = super().compute_loss(model, dict(inputs), return_outputs=True, num_items_in_batch=None)
             return (loss, outputs) if return_outputs else loss
 
-        alpha, passes, outputs = self.rdrop_argument("alpha"), self._passes, None
-        size = 0
+        alpha, passes, outputs, fused_head = self.rdrop_argument("alpha"), self._passes, None, None
         if alpha:
             labels = check_batch(self, inputs)
-            size = get_batch_size(inputs, (*self.label_names, "input_ids"))
-            if self._first_batch:
-                self._check_economies(model, inputs, labels, size)
-        if self._trunk is not None and passes > 1:
-            self._trunk.start(passes)
+            economies = self._economies = self._economies or Economies(self)
+            if not economies.tried_out:
+                economies.try_out(model, inputs, labels)
+            economies.start(passes)
+            fused_head = None if return_outputs else economies.fused_head
 
         count = self._count_items(inputs)
-        if self._fused_head is not None and not return_outputs:
-            loss, ce, kl = self._fused_head.loss(
+        if fused_head is not None:
+            loss, ce, kl = fused_head.loss(
                 model,
                 inputs,
-                lambda batch: self._repeat(batch, passes, size),
+                self.repeat,
                 passes=passes,
-                shift_labels=self._shift_labels,
+                shift_labels=self.shifts_labels,
                 alpha=alpha,
                 label_smoothing=self.args.label_smoothing_factor,
             )
         else:
-            repeated = self._repeat(inputs, passes, size) if passes > 1 else dict(inputs)
+            repeated = self.repeat(inputs, passes) if passes > 1 else dict(inputs)
             ce, outputs = super().compute_loss(model, repeated, return_outputs=True, num_items_in_batch=None)
             if count is not None:
                 ce = torch.where(count > 0, ce, 0)  # the mean over no item is 0 and not nan
             loss, kl = ce, torch.zeros_like(ce)
             if passes > 1:
+                size = self._batch_size(inputs)
                 logits = find_logits(outputs, rows=passes * size)
                 config = getattr(self.base_model, "config", None)
-                head = resolve_head(config, logits, labels, passes, self._shift_labels)
+                head = resolve_head(config, logits, labels, passes, self.shifts_labels)
                 kl = head.agreement(logits, passes)
                 loss = ce + alpha / 2 * kl
                 outputs = first_rows(outputs, passes * size, size) if return_outputs else None
@@ -222,7 +198,12 @@ class RDropMixin(_AnyTrainer):
             loss = loss * scale  # otherwise `training_step` divides by the accumulation steps
         return (loss, outputs) if return_outputs else loss
 
-    def _repeat(self, inputs: dict[str, Any], passes: int, size: int) -> dict[str, Any]:
+    def _batch_size(self, inputs: Mapping[str, Any]) -> int:
+        return get_batch_size(inputs, (*self.label_names, "input_ids"))
+
+    def repeat(self, inputs: Mapping[str, Any], passes: int) -> dict[str, Any]:
+        """The batch for a forward of all passes; extend `non_batch_inputs` for what must not be repeated."""
+        size = self._batch_size(inputs)
         return repeat_batch(inputs, passes, batch_size=size, non_batch_inputs=self.non_batch_inputs)
 
     # ---- Normalisation over the optimizer step ----
@@ -233,7 +214,7 @@ class RDropMixin(_AnyTrainer):
 
     def _count_items(self, inputs: Mapping[str, Any]) -> Tensor | None:
         labels = self.find_labels(inputs)
-        return None if labels is None else valid_items(labels, self._shift_labels).sum()
+        return None if labels is None else valid_items(labels, self.shifts_labels).sum()
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
         """Valid items of one optimizer step, on all ranks when `average_tokens_across_devices`; for every head."""

@@ -106,14 +106,14 @@ class SharedTrunk:
         if passes == 1:
             return None
         named_args = list(zip(names + ("",) * len(args), args, strict=False))
-        size = len(_first_tensor((kwargs.get("hidden_states"), *args, *kwargs.values())))
-        size = size // passes if is_first else size
+        rows = len(_first_tensor((kwargs.get("hidden_states"), *args, *kwargs.values())))
+        rows = rows if is_first else rows * passes
 
         def cut(name: str, value: Any) -> Any:
             if name in self.non_batch_inputs or name in _NON_BATCH_ARGUMENTS:
                 return value
             fewest = _FEWEST_DIMS.get(name, 2)
-            return _map_tensors(lambda t: t[:size] if t.dim() >= fewest and len(t) == passes * size else t, value)
+            return _map_tensors(lambda t: t[: rows // passes] if t.dim() >= fewest and len(t) == rows else t, value)
 
         return tuple(cut(*item) for item in named_args), {name: cut(name, value) for name, value in kwargs.items()}
 

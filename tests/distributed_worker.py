@@ -27,9 +27,13 @@ def run(head, alpha, size, steps, dropout=1e-9, **args):
     return [[entry[key] for key in ("loss", "ce_loss", "kl_loss", "grad_norm")] for entry in step_logs(trainer)]
 
 
+ECONOMIES = {"rdrop_shared_layers": 1, "rdrop_interval": 2}
+
 if __name__ == "__main__":
-    cases = [(head, alpha, *split) for head in HEADS for alpha in (0.0, 3.0) for split in SPLITS]
-    logs = [[case, run(*case, ddp_backend="gloo")] for case in cases]
+    cases = [(head, alpha, *split, {}) for head in HEADS for alpha in (0.0, 3.0) for split in SPLITS]
+    cases += [("seq2seq", 3.0, *split, {**ECONOMIES, "rdrop_fused_head": "on"}) for split in SPLITS]
+    cases += [("token", 3.0, *split, ECONOMIES) for split in SPLITS]
+    logs = [[case, run(*case[:-1], **case[-1], ddp_backend="gloo")] for case in cases]
     logs.append([["dropout"], run("single", 2.0, 8, 1, dropout=0.3, ddp_backend="gloo")])
     assert torch.distributed.get_world_size() == 2
     if torch.distributed.get_rank() == 0:

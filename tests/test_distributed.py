@@ -23,10 +23,11 @@ def test_two_processes_equal_one(tmp_path):
     )
     *cases, (_, with_dropout) = json.loads(output.read_text())
     single = {}
-    for (head, alpha, size, steps), logs in cases:
-        if (head, alpha) not in single:
-            single[head, alpha] = run(head, alpha, 16, 1)
-        for ours, expected in zip(logs, single[head, alpha], strict=True):
-            assert ours == pytest.approx(expected, rel=2e-5, abs=1e-6), (head, alpha, size, steps)
+    for (head, alpha, size, steps, economies), logs in cases:
+        key = head, alpha, *economies
+        if key not in single:
+            single[key] = run(head, alpha, 16, 1, **economies)
+        for ours, expected in zip(logs, single[key], strict=True):
+            assert ours == pytest.approx(expected, rel=2e-5, abs=1e-6), (key, size, steps)
     for loss, ce, kl, _ in with_dropout:
         assert kl > 1e-3 and loss == pytest.approx(ce + 2.0 / 2 * kl, rel=1e-5)

@@ -1,0 +1,80 @@
+"""What makes the second pass cheaper in a training run: the shared trunk and the fused head."""
+
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from .fused_head import FusedHead, choose_fused_head
+from .trunk import SharedTrunk, check_shared_trunk
+
+if TYPE_CHECKING:
+    from .trainer import RDropMixin
+
+logger = logging.getLogger(__name__)
+
+
+class Economies:
+    """The economies of one training run, set up when it begins and tried out on its first batch.
+
+    Args:
+        trainer: the trainer, whose arguments ask for them.
+
+    Attributes:
+        trunk: the shared lower layers, None when nothing is shared.
+        fused_head: the head that computes the loss itself, None when the full logits are used. Known after `try_out`.
+
+    Raises:
+        ValueError: when the model's layers cannot be shared.
+    """
+
+    def __init__(self, trainer: "RDropMixin") -> None:
+        self.trainer = trainer
+        self.trunk: SharedTrunk | None = None
+        self.fused_head: FusedHead | None = None
+        self.tried_out = False
+        if trainer.rdrop_argument("alpha") and (shared := trainer.rdrop_argument("shared_layers")):
+            self.trunk = SharedTrunk(trainer.base_model, shared, non_batch_inputs=trainer.non_batch_inputs)
+
+    def try_out(self, model: nn.Module, inputs: Mapping[str, Any], labels: Tensor) -> None:
+        """Check on the rows of the first batch that every economy does what it should.
+
+        Args:
+            model: the model as training calls it.
+            inputs: the batch, not repeated.
+            labels: its labels.
+
+        Raises:
+            ValueError: when the model does not work with its layers shared, or with the fused head asked for.
+        """
+        self.tried_out, trainer = True, self.trainer
+        model = getattr(model, "_orig_mod", model)  # nothing is compiled for the sake of a check
+        if self.trunk is not None:
+            passes = trainer.rdrop_argument("passes")
+            repeated = trainer.repeat(inputs, passes)
+            check_shared_trunk(self.trunk, model, repeated, passes, batch_size=len(labels))
+        self.fused_head = choose_fused_head(
+            trainer.rdrop_argument("fused_head"),
+            trainer.base_model,
+            model,
+            inputs,
+            labels,
+            shift_labels=trainer.shifts_labels,
+            obstacle=trainer.user_of_outputs,
+        )
+
+    def start(self, passes: int) -> None:
+        """Before a forward over a batch repeated `passes` times; in force until `stop`."""
+        if self.trunk is not None:
+            self.trunk.start(passes)
+
+    def stop(self) -> None:
+        """After the backward pass, and not sooner: gradient checkpointing runs the shared layers in it once more."""
+        if self.trunk is not None:
+            self.trunk.stop()
+
+    def remove(self) -> None:
+        """Leave the model as it was."""
+        if self.trunk is not None:
+            self.trunk.remove()
