@@ -11,8 +11,8 @@ from .batch import stack_passes
 from .functional import AGREEMENTS
 
 SUPPORTED_HEADS = (
-    "sequence classification (single-label, multi-label, regression), token classification and sequence-to-sequence "
-    "language modelling"
+    "sequence classification (single-label, multi-label, regression), token classification and language modelling "
+    "(sequence-to-sequence, causal, masked)"
 )
 
 

@@ -34,23 +34,27 @@ class RDropMixin(_AnyTrainer):
 
     where CE is whatever the parent's `compute_loss` returns for the repeated batch (label smoothing,
     `compute_loss_func`, class weights and so on stay the parent's own). Evaluation and prediction are one plain pass.
-    With `rdrop_alpha=0` nothing is repeated: the parent's loss.
+    With `rdrop_alpha=0` nothing is repeated: the parent's loss. Language models with a large vocabulary compute the
+    same loss without their full logits (`FusedHead`), unless the outputs are asked for.
 
     The loss is a mean over the valid items (labels that are not -100) of the whole optimizer step: however the rows
     are divided over gradient accumulation and processes, loss and gradients are the same, also with `rdrop_alpha=0`
     and also for the many heads that ignore `num_items_in_batch`.
 
     Every training log line gains `ce_loss` and `kl_loss` with ``loss = ce_loss + rdrop_alpha / 2 * kl_loss``, and
-    `kl_share`, the agreement's part of the loss, (alpha / 2 * KL) / CE. `kl_loss` is 0 when alpha is.
+    `kl_share`, the agreement's part of the loss, (alpha / 2 * KL) / CE. `kl_loss` is 0 when alpha is, and at the plain steps of an interval.
 
     Args (of the `args` given to the Trainer; their defaults hold for a plain `TrainingArguments`):
         rdrop_alpha: weight of the agreement, >= 0.
         rdrop_passes: number of passes m, >= 2.
         rdrop_dropout: when given, `set_dropout(model, rdrop_dropout)` is applied to the model.
+        rdrop_fused_head: `"auto"`, `"on"` or `"off"`: the loss of a language model in place of its head.
+        rdrop_shared_layers: number, or fraction, of the lower layers that the passes share; 0 for none.
+        rdrop_interval: R-Drop at every n-th optimizer step, n >= 1.
 
     Raises:
         ValueError: before the first step, when the set-up cannot work (nothing stochastic in the model, unsupported
-            head, packed batches, sequence parallelism, several GPUs in one process).
+            head, packed batches, sequence parallelism, several GPUs in one process, layers that cannot be shared).
 
     Attributes:
         non_batch_inputs: names of model inputs that are not per example, which are never repeated; extend it in a
@@ -69,6 +73,7 @@ class RDropMixin(_AnyTrainer):
         self.model_accepts_loss_kwargs, self.loss_is_scaled_for_ga = True, None
         self._log = LossLog()
         self._economies: Economies | None = None
+        self._unwrapped: tuple[Any, nn.Module] | None = None
         self._apply_dropout(self.model)
         if self.compute_loss_func is not None:
             self.compute_loss_func = self._as_mean(self.compute_loss_func)
@@ -99,8 +104,11 @@ class RDropMixin(_AnyTrainer):
 
     @property
     def base_model(self) -> nn.Module:
-        model = self.accelerator.unwrap_model(self.model)
-        return model.get_base_model() if hasattr(model, "get_base_model") else model
+        """The model without wrappers and adapters; looked for once, because unwrapping walks through all modules."""
+        if self._unwrapped is None or self._unwrapped[0] is not self.model:
+            model = self.accelerator.unwrap_model(self.model)
+            self._unwrapped = self.model, model.get_base_model() if hasattr(model, "get_base_model") else model
+        return self._unwrapped[1]
 
     @property
     def shifts_labels(self) -> bool:
