@@ -1,13 +1,12 @@
 """What a training step with R-Drop costs beside a plain one, from the sizes of the model and of the batch alone."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
-from .dropout import inspect_dropout
 from .fused_head import find_head
 from .trunk import find_layer_stacks
 
@@ -35,6 +34,9 @@ class LayerStack(NamedTuple):
     attention: int
     probabilities: int = 0
 
+    def kept_bytes(self, itemsize: int) -> int:
+        return (self.kept + 3 * self.probabilities) * itemsize
+
 
 class ModelShape(NamedTuple):
     """The sizes that decide the cost of a step: read off a model by `describe_model`, or written down by hand.
@@ -45,12 +47,11 @@ class ModelShape(NamedTuple):
         items: places N of an example that are scored: its tokens, or 1.
         width: features D that go into the last matrix.
         classes: size V of the vocabulary, or number of classes.
-        parameters: of the whole model.
-        trainable: those of them that are trained.
-        head: parameters H of other matrices above the layers, which see every item (BERT's transform).
+        trainable: parameters P that are trained.
+        trained_share: share of the matrices' weights that are trained.
+        head: parameters H of the other matrices outside the layers, which see every item (BERT's transform).
         labelled: share of the items that the fused head computes: on a CPU those with a label, elsewhere 1.
-        itemsize: bytes of an activation: 4, or 2 in mixed precision.
-        gradient_itemsize: bytes of a gradient.
+        itemsize, gradient_itemsize: bytes of an activation (2 in mixed precision) and of a gradient.
         shards: processes among which gradients and optimizer are divided (FSDP, ZeRO).
         device_type: `"cpu"`; everything else counts as a GPU.
     """
@@ -60,8 +61,8 @@ class ModelShape(NamedTuple):
     items: int
     width: int
     classes: int
-    parameters: int
     trainable: int
+    trained_share: float = 1.0
     head: int = 0
     labelled: float = 1.0
     itemsize: int = 4
@@ -81,29 +82,30 @@ class StepCost(NamedTuple):
 class _Machine(NamedTuple):
     """What the work beside matrix products costs, in FLOPs of matrix products that take as long."""
 
-    kept_byte: float  # a byte kept for the backward pass: made and read forward; its gradient made and read backward
-    logit: float  # a logit of plain cross-entropy
-    rdrop_logit: float  # a logit of cross-entropy and agreement on full logits
-    fused_logit: float  # a logit of the fused head
-    parameter: float  # a trained parameter: clipping of its gradient, AdamW
+    kept_byte: float  # made and read forward, read backward; its gradient made and read
+    logit: float  # plain cross-entropy
+    rdrop_logit: float  # cross-entropy and agreement on full logits
+    fused_logit: float  # both in the fused head
+    parameter: float  # a trained one: clipping of its gradient, AdamW
 
 
-# Fitted on two cores in float32, where dropout (whose masks one thread draws) is most of `kept_byte`; how to fit them
-# again is said in tests/test_cost.py.
+# Fitted on two cores in float32, where dropout (one thread draws its masks) is most of `kept_byte`; how to fit them
+# again: tests/test_cost.py.
 _CPU = _Machine(kept_byte=130, logit=650, rdrop_logit=1800, fused_logit=400, parameter=500)
 # Not fitted: the bytes that each moves (5, 40, 170, 14, 40) times 120, the FLOPs that GPUs do in bfloat16 in the time
 # of moving one byte, at the speeds of both that are reached in practice.
 _GPU = _Machine(kept_byte=600, logit=4800, rdrop_logit=20_400, fused_logit=1680, parameter=4800)
 
-# Float32 copies of the logits at the peak: log-probabilities, their gradient, the logits' gradient, and in R-Drop on
-# full logits the agreement's.
-_PLAIN_COPIES, _RDROP_COPIES = 3, 4
+_PLAIN_COPIES, _RDROP_COPIES = 3, 4  # of the logits: log-probabilities, both their gradients, and the agreement's
 _EMBEDDING_COPIES = 4  # of an embedded token below the layers: sum, normalised, dropout mask, output
 _MIN_CHUNK, _MAX_CHUNK, _BLOCKS = 2**22, 2**28, 2**22  # float32 elements in the fused head: see `linear_rdrop_loss`
 
+# How configurations name the dropout of attention probabilities, with which no kernel of the CPU avoids keeping them.
+_ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop", "dropout_rate")
+
 
 class Step(NamedTuple):
-    """A kind of training step, by default a plain one: see `predict_cost`."""
+    """A kind of training step: see `predict_cost`."""
 
     passes: int = 1
     shared_layers: int = 0
@@ -133,7 +135,7 @@ def predict_cost(
         logits(m) = 12 B N V for m = 1, 16 m B N V for R-Drop; fused head: 4 (2 D V + m B N D) or a little more
 
     6 = 2 forward, 2 for the gradient of the input and 2, for trained weights, for theirs. `kept_byte`, `logit` (three
-    values: plain, R-Drop, fused) and `parameter` (P trained ones) are constants of the machine: FLOPs that take as
+    values: plain, R-Drop, fused) and `parameter` are constants of the machine: FLOPs that take as
     long. Checkpointed layers run once more and keep their inputs. With an interval of n,
     ``time = ((n - 1) time(1) + time(m)) / n``, and the peak is that of the repeated batch.
 
@@ -142,20 +144,20 @@ def predict_cost(
         passes: m >= 1.
         shared_layers: k, counted from the first stack on.
         interval: n >= 1.
-        fused_head: whether the loss is computed without full logits, in the plain steps of the interval too.
+        fused_head: whether full logits are avoided, in the plain steps of the interval too.
         gradient_checkpointing: whether layers keep their inputs only.
         gradient_accumulation_steps: batches to one update of the parameters.
-        fixed_share: share of a plain step's time, in [0, 1), that R-Drop leaves as it is and that is not counted
-            above: waiting for data, or for the all-reduce of gradients, which has the same size in both steps.
+        fixed_share: share of a plain step's time, in [0, 1), spent on what is not counted above and the same in both:
+            waiting for data, or for the all-reduce of gradients, which is per parameter.
 
     Returns:
-        `StepCost(time, memory, peak_bytes)`. Memory is all that a step takes beyond weights and optimizer state:
-        activations, logits and gradients. Models too small to keep a GPU busy (a second pass then costs less) and
-        mixtures of experts (counted as if every expert saw every token) are not foreseen.
+        `StepCost(time, memory, peak_bytes)`; memory beyond weights and optimizer state: activations, logits and
+        gradients. Not foreseen are models too small to keep a GPU busy (a second pass costs less there) and mixtures
+        of experts (counted as if every expert saw every token).
 
     Example:
         >>> shape = decoder_shape(32, 4096, 11008, vocab_size=32_000, length=2048)  # Llama-2 7B
-        >>> round(predict_cost(shape, shared_layers=24, fused_head=True).time, 2)
+        >>> round(predict_cost(shape, shared_layers=24, fused_head=True).time, 1)
         1.2
     """
     plain = Step(1, 0, False, gradient_checkpointing, gradient_accumulation_steps)
@@ -167,8 +169,8 @@ def predict_cost(
 
 
 def step_flops(shape: ModelShape, step: Step) -> float:
-    """FLOPs of the matrix products of a step on one batch: 2 for a multiplication with its addition."""
-    per_weight, again = 4 + 2 * shape.trainable / shape.parameters, 2 * step.gradient_checkpointing
+    """FLOPs of the matrix products of a step: 2 for a multiplication with its addition."""
+    per_weight, again = 4 + 2 * shape.trained_share, 2 * step.gradient_checkpointing
     layers = sum(
         tokens * ((per_weight + again) * stack.weights + (12 + 2 * again) * stack.attention)
         for stack, tokens in _layer_tokens(shape, step)
@@ -184,17 +186,16 @@ def peak_memory(shape: ModelShape, step: Step) -> float:
     token = shape.width * shape.itemsize
     kept = _EMBEDDING_COPIES * token * rows * sum(stack.length for stack in shape.stacks)
     for stack, tokens in _layer_tokens(shape, step):
-        kept += tokens * (token if step.gradient_checkpointing else _kept(shape, stack))
+        kept += tokens * (token if step.gradient_checkpointing else stack.kept_bytes(shape.itemsize))
     if step.gradient_checkpointing:  # the layer whose turn it is
-        kept += max(rows * stack.length * _kept(shape, stack) for stack in shape.stacks)
-    weight = shape.width * shape.classes
+        kept += max(rows * stack.length * stack.kept_bytes(shape.itemsize) for stack in shape.stacks)
     items = rows * shape.items * (shape.labelled if step.fused_head else 1)
+    weight, logits = shape.width * shape.classes, items * shape.classes
     if step.fused_head:  # the gradients of hidden states and weight, and a chunk or the weight's scaled gradient
-        chunk = min(max(weight, _MIN_CHUNK), _MAX_CHUNK, items * shape.classes)
+        chunk = min(max(weight, _MIN_CHUNK), _MAX_CHUNK, logits)
         elements = items * shape.width + weight + max(chunk + min(chunk, _BLOCKS), weight)
     else:
-        copies = _PLAIN_COPIES if step.passes == 1 else _RDROP_COPIES
-        elements = items * shape.classes + max((copies - 1) * items * shape.classes, weight)
+        elements = max((_PLAIN_COPIES if step.passes == 1 else _RDROP_COPIES) * logits, logits + weight)
     start = kept + 4 * elements  # in float32, whatever the precision of the model
     gradients = shape.trainable * shape.gradient_itemsize / shape.shards
     return start + gradients if step.gradient_accumulation_steps > 1 else max(start, gradients)
@@ -203,28 +204,21 @@ def peak_memory(shape: ModelShape, step: Step) -> float:
 def _time(shape: ModelShape, step: Step) -> float:
     """Time of a step on one batch, in FLOPs."""
     machine = _CPU if shape.device_type == "cpu" else _GPU
-    kept = sum(tokens * _kept(shape, stack) for stack, tokens in _layer_tokens(shape, step))
+    kept = sum(tokens * stack.kept_bytes(shape.itemsize) for stack, tokens in _layer_tokens(shape, step))
     logits = step.passes * shape.batch_size * shape.items * shape.classes
-    if step.fused_head:
-        loss = machine.fused_logit * logits * shape.labelled
-    else:
-        loss = (machine.logit if step.passes == 1 else machine.rdrop_logit) * logits
+    per_logit = machine.logit if step.passes == 1 else machine.rdrop_logit
+    loss = logits * (machine.fused_logit * shape.labelled if step.fused_head else per_logit)
     update = machine.parameter * shape.trainable / shape.shards / step.gradient_accumulation_steps
     return step_flops(shape, step) + machine.kept_byte * kept + loss + update
 
 
 def _layer_tokens(shape: ModelShape, step: Step) -> Iterator[tuple[LayerStack, int]]:
-    """Tokens that go through each stack, added up over its layers: of B rows in shared layers, of m * B in others."""
+    """Tokens that go through each stack, added up over its layers: B rows in shared layers, m * B in others."""
     left = step.shared_layers if step.passes > 1 else 0
     for stack in shape.stacks:
         shared = min(left, stack.layers)
         left -= shared
         yield stack, (shared + step.passes * (stack.layers - shared)) * shape.batch_size * stack.length
-
-
-def _kept(shape: ModelShape, stack: LayerStack) -> int:
-    """Bytes that one layer keeps of one token for its backward pass."""
-    return (stack.kept + 3 * stack.probabilities) * shape.itemsize
 
 
 def decoder_shape(
@@ -233,20 +227,16 @@ def decoder_shape(
     """The shape of a decoder as Llama's, trained in bfloat16 on a GPU, for predictions on paper.
 
     Args:
-        layers: L.
-        width: D.
+        layers, width, vocab_size, length, batch_size: L, D, V, T and B.
         inner: features inside its gated feed-forward layers.
-        vocab_size: V.
-        length: tokens T of an example.
-        batch_size: examples B on one device.
         others: `key_value_width` with grouped queries, and fields of `ModelShape`, such as `shards`.
     """
     outputs = 3 * width + 2 * others.pop("key_value_width", width) + 2 * inner
     weights = width * (outputs - width) + inner * width
-    parameters = layers * weights + 2 * vocab_size * width
+    trainable = layers * weights + 2 * vocab_size * width
     stack = LayerStack(layers, length, weights, 2 * outputs, width * length)
-    fields = {"trainable": parameters, "itemsize": 2, "gradient_itemsize": 2, "device_type": "cuda"} | others
-    return ModelShape((stack,), batch_size, length, width, vocab_size, parameters, **fields)
+    fields = {"trainable": trainable, "itemsize": 2, "gradient_itemsize": 2, "device_type": "cuda"} | others
+    return ModelShape((stack,), batch_size, length, width, vocab_size, **fields)
 
 
 def describe_model(model: nn.Module, inputs: Mapping[str, Any], *, itemsize: int | None = None) -> ModelShape | None:
@@ -260,16 +250,19 @@ def describe_model(model: nn.Module, inputs: Mapping[str, Any], *, itemsize: int
     Returns:
         The shape; None where it cannot be read: no stack of Transformers' layers, no labels, no tokens.
     """
-    config: Any = getattr(model, "config", None)
-    stacks, labels = find_layer_stacks(model), inputs.get("labels")
-    tokens, heads = inputs.get("input_ids"), getattr(config, "num_attention_heads", None)
-    above = [m for m in _matrices(model) if not any(m in set(stack.modules()) for stack in stacks.values())]
-    if not (stacks and above and isinstance(tokens, Tensor) and isinstance(labels, Tensor) and isinstance(heads, int)):
+    config, labels, tokens = getattr(model, "config", None), inputs.get("labels"), inputs.get("input_ids")
+    heads, width = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
+    stacks = find_layer_stacks(model)
+    inside = {module for stack in stacks.values() for module in stack.modules()}
+    matrices, outside = _matrices(model.modules()), _matrices(m for m in model.modules() if m not in inside)
+    if not (stacks and outside and isinstance(labels, Tensor) and isinstance(tokens, Tensor)):
         return None
-    attention_width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    if not (isinstance(heads, int) and isinstance(width, int)):
+        return None
+    attention_width = heads * (getattr(config, "head_dim", None) or width // heads)
     on_cpu, length = labels.device.type == "cpu", tokens.shape[-1]
     keeps_probabilities = getattr(config, "_attn_implementation", None) == "eager" or (
-        on_cpu and any("att" in source.name.lower() and source.rate > 0 for source in inspect_dropout(model))
+        on_cpu and any(getattr(config, rate, 0) for rate in _ATTENTION_DROPOUT)
     )
     found: list[LayerStack] = []
     for stack in stacks.values():
@@ -277,24 +270,24 @@ def describe_model(model: nn.Module, inputs: Mapping[str, Any], *, itemsize: int
         if found and getattr(config, "is_encoder_decoder", False):
             own = inputs.get("decoder_input_ids", labels).shape[-1]
             attended = own + length  # itself and the encoder
-        matrices = _matrices(stack[0])
-        kept = 2 * sum(map(_out_features, matrices))
+        one_layer = _matrices(stack[0].modules())
+        kept = 2 * sum(matrix.put_out for matrix in one_layer)
         # GPT-2's activation is written out in single operations, which keep three features more for each.
         written_out = sum(isinstance(m, NewGELUActivation) for m in stack[0].modules())
-        kept += 3 * written_out * max(m.weight.numel() // _out_features(m) for m in matrices)
-        weights, probabilities = sum(m.weight.numel() for m in matrices), heads * attended * keeps_probabilities
+        kept += 3 * written_out * max((matrix.taken_in for matrix in one_layer), default=0)
+        weights, probabilities = sum(matrix.weights for matrix in one_layer), heads * attended * keeps_probabilities
         found.append(LayerStack(len(stack), own, weights, kept, attention_width * attended, probabilities))
-    last: Any = find_head(model) or above[-1]
     parameters, by_token = list(model.parameters()), labels.dim() > 1 and not labels.is_floating_point()
+    last = next(iter(_matrices([find_head(model)])), outside[-1])
     return ModelShape(
         tuple(found),
         batch_size=tokens.numel() // length,  # of multiple choices, each is a row
         items=labels.shape[-1] if by_token else 1,
-        width=last.weight.numel() // _out_features(last),
-        classes=_out_features(last),
-        parameters=sum(p.numel() for p in parameters),
+        width=last.taken_in,
+        classes=last.put_out,
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
-        head=sum(m.weight.numel() for m in above if m is not last),
+        trained_share=sum(m.weights for m in matrices if m.is_trained) / sum(m.weights for m in matrices),
+        head=sum(m.weights for m in outside) - last.weights,
         labelled=float((labels != -100).float().mean()) if by_token and on_cpu else 1.0,
         itemsize=itemsize or parameters[0].element_size(),
         gradient_itemsize=parameters[0].element_size(),
@@ -302,9 +295,17 @@ def describe_model(model: nn.Module, inputs: Mapping[str, Any], *, itemsize: int
     )
 
 
-def _matrices(module: nn.Module) -> list[Any]:
-    return [m for m in module.modules() if isinstance(m, (nn.Linear, Conv1D))]
+class _Matrix(NamedTuple):
+    taken_in: int
+    put_out: int
+    is_trained: bool
+
+    @property
+    def weights(self) -> int:  # of the weight itself, ZeRO-3 and quantisation leave something else
+        return self.taken_in * self.put_out
 
 
-def _out_features(matrix: Any) -> int:
-    return matrix.nf if isinstance(matrix, Conv1D) else matrix.out_features
+def _matrices(modules: Iterable[Any]) -> list[_Matrix]:
+    linear: list[Any] = [m for m in modules if isinstance(m, (nn.Linear, Conv1D))]
+    sizes = [(m.nx, m.nf) if isinstance(m, Conv1D) else (m.in_features, m.out_features) for m in linear]
+    return [_Matrix(*size, m.weight.requires_grad) for size, m in zip(sizes, linear, strict=True)]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from .cost import describe_model, predict_cost
 from .fused_head import FusedHead, choose_fused_head
 from .trunk import SharedTrunk, check_shared_trunk
 
@@ -62,6 +63,31 @@ class Economies:
             labels,
             shift_labels=trainer.shifts_labels,
             obstacle=trainer.user_of_outputs,
+        )
+        if trainer.is_world_process_zero():
+            logger.info(self.describe_cost(inputs))
+
+    def describe_cost(self, inputs: Mapping[str, Any]) -> str:
+        """What the cost model says of a step on this batch, in a sentence."""
+        trainer, args = self.trainer, self.trainer.args
+        half = args.bf16 or args.fp16
+        shape = describe_model(trainer.base_model, inputs, itemsize=2 if half else None)
+        if shape is None:
+            return "R-Drop: no prediction of the cost, because the sizes of this model's layers are unknown."
+        cost = predict_cost(
+            shape,
+            passes=trainer.rdrop_argument("passes"),
+            shared_layers=0 if self.trunk is None else self.trunk.shared_layers,
+            interval=trainer.rdrop_argument("interval"),
+            fused_head=self.fused_head is not None,
+            gradient_checkpointing=any(
+                getattr(m, "gradient_checkpointing", False) for m in trainer.base_model.modules()
+            ),
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+        )
+        return (
+            f"R-Drop: about {cost.time:.2f}x the time and {cost.memory:.2f}x the memory for activations and gradients "
+            "of plain fine-tuning (predicted from the sizes of model and batch)."
         )
 
     def start(self, passes: int) -> None:

@@ -42,7 +42,8 @@ class RDropMixin(_AnyTrainer):
     and also for the many heads that ignore `num_items_in_batch`.
 
     Every training log line gains `ce_loss` and `kl_loss` with ``loss = ce_loss + rdrop_alpha / 2 * kl_loss``, and
-    `kl_share`, the agreement's part of the loss, (alpha / 2 * KL) / CE. `kl_loss` is 0 when alpha is, and at the plain steps of an interval.
+    `kl_share`, the agreement's part of the loss, (alpha / 2 * KL) / CE. `kl_loss` is 0 when alpha is, and at the plain
+    steps of an interval.
 
     Args (of the `args` given to the Trainer; their defaults hold for a plain `TrainingArguments`):
         rdrop_alpha: weight of the agreement, >= 0.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .batch import NON_BATCH_INPUTS, _like, get_batch_size
-from .dropout import inspect_dropout, is_stochastic
+from .dropout import dropout_off, inspect_dropout, is_stochastic
 from .heads import find_logits
 
 # Arguments of layers that are never per example, and the fewest dimensions of those that may be: rotary embeddings
@@ -161,32 +161,28 @@ def check_shared_trunk(
         logits = find_logits(model(**chosen), len(index)).float()
         return logits.nan_to_num(0.0, 0.0, 0.0)  # a masked logit is -inf with and without sharing
 
-    training = [(module, module.training) for module in (*model.modules(), *trunk.model.modules())]
     trunk.stop()
-    model.eval()
-    try:
-        with torch.random.fork_rng({p.device for p in trunk.model.parameters() if p.is_cuda}):
-            hooks = [module.register_forward_pre_hook(record) for module in trunk.model.modules()]
-            try:
-                plain = run(rows)
-            finally:
-                for hook in hooks:
-                    hook.remove()
-            _check_calls(trunk, calls)
-            alone = run(rows[:few])
-            trunk.start(passes)
-            try:
-                shared = run(rows)
-            except Exception as error:
-                raise ValueError(
-                    f"rdrop_shared_layers: {name} does not run with its first {k} layers shared between the passes "
-                    f"({type(error).__name__}: {error}): something outside these layers uses what is between them, or "
-                    "they need an input that cannot be cut. Set rdrop_shared_layers to a smaller number, or to 0."
-                ) from error
-    finally:
-        trunk.stop()
-        for module, flag in training:
-            module.training = flag
+    devices = {parameter.device for parameter in trunk.model.parameters() if parameter.is_cuda}
+    with dropout_off(model), torch.random.fork_rng(devices):
+        hooks = [module.register_forward_pre_hook(record) for module in trunk.model.modules()]
+        try:
+            plain = run(rows)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        _check_calls(trunk, calls)
+        alone = run(rows[:few])
+        trunk.start(passes)
+        try:
+            shared = run(rows)
+        except Exception as error:
+            raise ValueError(
+                f"rdrop_shared_layers: {name} does not run with its first {k} layers shared between the passes "
+                f"({type(error).__name__}: {error}): something outside these layers uses what is between them, or "
+                "they need an input that cannot be cut. Set rdrop_shared_layers to a smaller number, or to 0."
+            ) from error
+        finally:
+            trunk.stop()
     # What rounding does to these very logits when the number of rows changes, and a floor under it.
     floor = (2e-2 if dtypes & {torch.bfloat16, torch.float16} else 1e-3) * plain.abs().max()
     limit = float(8 * (plain[:few] - alone).abs().max() + floor)

@@ -196,3 +196,15 @@ def test_the_inert_warning_counts_only_the_steps_with_agreement(caplog):
     shares = [entry["kl_loss"] / 2 / entry["ce_loss"] for entry in step_logs(trainer) if entry["kl_loss"]]
     assert len(shares) == 26 and sum(shares) / 26 > 0.01
     assert "hardly changes" not in caplog.text
+
+
+def test_the_cost_is_predicted_once_when_training_starts(caplog):
+    with caplog.at_level(logging.INFO, "hf_rdrop"):
+        train(make_model("single"), max_steps=3, rdrop_shared_layers=1)
+    (line,) = [record.getMessage() for record in caplog.records if "x the time" in record.getMessage()]
+    ratio = float(line.split("about ")[1].split("x")[0])
+    assert 1 < ratio < 2
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "hf_rdrop"):
+        train(make_model("single"), rdrop_alpha=0.0)
+    assert "x the time" not in caplog.text
