@@ -1,6 +1,6 @@
 """Repeating a batch for several passes in one forward, and taking its outputs apart again."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -97,14 +97,25 @@ def first_rows(values: Any, total: int, rows: int) -> Any:
     A repeated batch of m * B rows is cut back to its first pass with ``first_rows(outputs, m * B, B)``. Other values
     are passed through.
     """
-    if isinstance(values, Tensor):
-        return values[:rows] if values.dim() > 0 and len(values) == total else values
-    if isinstance(values, Mapping):
-        cut = {key: first_rows(value, total, rows) for key, value in values.items()}
-        return cut if type(values) is dict else type(values)(**cut)  # a ModelOutput is made from keywords
-    if isinstance(values, (list, tuple)):
-        return _like(values, [first_rows(value, total, rows) for value in values])
-    return values
+    return map_tensors(lambda t: t[:rows] if t.dim() > 0 and len(t) == total else t, values)
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Apply a function to all tensors in nested dicts, lists and tuples; a container without a change is itself.
+
+    (Some models hand all layers one dict to write to.)
+    """
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Mapping):
+        mapped = {key: map_tensors(function, item) for key, item in value.items()}
+        if all(mapped[key] is item for key, item in value.items()):
+            return value
+        return mapped if type(value) is dict else type(value)(**mapped)  # a ModelOutput is made from keywords
+    if isinstance(value, (list, tuple)):
+        items = [map_tensors(function, item) for item in value]
+        return _like(value, items) if any(a is not b for a, b in zip(items, value, strict=True)) else value
+    return value
 
 
 def _like(template: list[Any] | tuple[Any, ...], items: list[Any]) -> Any:

@@ -1,12 +1,14 @@
 """What a training step with R-Drop costs beside a plain one, from the sizes of the model and of the batch alone."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
+from .functional import _BLOCK_ELEMENTS
 from .fused_head import find_head
 from .trunk import find_layer_stacks
 
@@ -49,7 +51,6 @@ class ModelShape(NamedTuple):
         classes: size V of the vocabulary, or number of classes.
         trainable: parameters P that are trained.
         trained_share: share of the matrices' weights that are trained.
-        head: parameters H of the other matrices outside the layers, which see every item (BERT's transform).
         labelled: share of the items that the fused head computes: on a CPU those with a label, elsewhere 1.
         itemsize, gradient_itemsize: bytes of an activation (2 in mixed precision) and of a gradient.
         shards: processes among which gradients and optimizer are divided (FSDP, ZeRO).
@@ -63,7 +64,6 @@ class ModelShape(NamedTuple):
     classes: int
     trainable: int
     trained_share: float = 1.0
-    head: int = 0
     labelled: float = 1.0
     itemsize: int = 4
     gradient_itemsize: int = 4
@@ -98,7 +98,8 @@ _GPU = _Machine(kept_byte=600, logit=4800, rdrop_logit=20_400, fused_logit=1680,
 
 _PLAIN_COPIES, _RDROP_COPIES = 3, 4  # of the logits: log-probabilities, both their gradients, and the agreement's
 _EMBEDDING_COPIES = 4  # of an embedded token below the layers: sum, normalised, dropout mask, output
-_MIN_CHUNK, _MAX_CHUNK, _BLOCKS = 2**22, 2**28, 2**22  # float32 elements in the fused head: see `linear_rdrop_loss`
+# Of the fused head, in float32 elements: see `linear_rdrop_loss`. Four temporaries of a block on a CPU.
+_MIN_CHUNK, _MAX_CHUNK, _BLOCKS_PER_CORE = 2**22, 2**28, 2**21
 
 # How configurations name the dropout of attention probabilities, with which no kernel of the CPU avoids keeping them.
 _ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop", "dropout_rate")
@@ -129,7 +130,7 @@ def predict_cost(
 
     With m passes, k of L layers shared, and the letters of `LayerStack` and `ModelShape`:
 
-        time(m)   = (k + m (L - k)) B T (6 W + 12 A + kept_byte * kept) + m B N (6 (H + D V) + logit * V) + parameter P
+        time(m)   = (k + m (L - k)) B T (6 W + 12 A + kept_byte * kept) + m B N V (6 D + logit) + parameter P
         memory(m) = max((k + m (L - k)) B T kept + 4 m B T D itemsize + logits(m), gradients)
         kept      = (K + 3 R) itemsize, the bytes of one token in one layer
         logits(m) = 12 B N V for m = 1, 16 m B N V for R-Drop; fused head: 4 (2 D V + m B N D) or a little more
@@ -177,7 +178,7 @@ def step_flops(shape: ModelShape, step: Step) -> float:
     )
     items = step.passes * shape.batch_size * shape.items
     scored = items * shape.labelled if step.fused_head else items
-    return layers + per_weight * (items * shape.head + scored * shape.width * shape.classes)
+    return layers + per_weight * scored * shape.width * shape.classes
 
 
 def peak_memory(shape: ModelShape, step: Step) -> float:
@@ -193,9 +194,12 @@ def peak_memory(shape: ModelShape, step: Step) -> float:
     weight, logits = shape.width * shape.classes, items * shape.classes
     if step.fused_head:  # the gradients of hidden states and weight, and a chunk or the weight's scaled gradient
         chunk = min(max(weight, _MIN_CHUNK), _MAX_CHUNK, logits)
-        elements = items * shape.width + weight + max(chunk + min(chunk, _BLOCKS), weight)
+        blocks = _BLOCKS_PER_CORE * torch.get_num_threads() if shape.device_type == "cpu" else 0
+        elements = items * shape.width + weight + max(chunk + min(chunk, blocks), weight)
     else:
-        elements = max((_PLAIN_COPIES if step.passes == 1 else _RDROP_COPIES) * logits, logits + weight)
+        elements = max(_PLAIN_COPIES * logits, logits + weight)
+        if step.passes > 1:  # the forward pass has one copy less and the blocks in which the agreement is computed
+            elements = max(elements, _RDROP_COPIES * logits, 3 * logits + 5 * min(logits, _BLOCK_ELEMENTS))
     start = kept + 4 * elements  # in float32, whatever the precision of the model
     gradients = shape.trainable * shape.gradient_itemsize / shape.shards
     return start + gradients if step.gradient_accumulation_steps > 1 else max(start, gradients)
@@ -250,14 +254,13 @@ def describe_model(model: nn.Module, inputs: Mapping[str, Any], *, itemsize: int
     Returns:
         The shape; None where it cannot be read: no stack of Transformers' layers, no labels, no tokens.
     """
-    config, labels, tokens = getattr(model, "config", None), inputs.get("labels"), inputs.get("input_ids")
-    heads, width = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
-    stacks = find_layer_stacks(model)
-    inside = {module for stack in stacks.values() for module in stack.modules()}
-    matrices, outside = _matrices(model.modules()), _matrices(m for m in model.modules() if m not in inside)
-    if not (stacks and outside and isinstance(labels, Tensor) and isinstance(tokens, Tensor)):
-        return None
-    if not (isinstance(heads, int) and isinstance(width, int)):
+    config: Any = getattr(model, "config", None)
+    labels, tokens, head = inputs.get("labels"), inputs.get("input_ids"), find_head(model)
+    heads: Any = getattr(config, "num_attention_heads", None)
+    width: Any = getattr(config, "hidden_size", None)
+    stacks, matrices = find_layer_stacks(model), _matrices(model)
+    sizes_known = matrices and isinstance(heads, int) and isinstance(width, int)
+    if not (stacks and sizes_known and isinstance(labels, Tensor) and isinstance(tokens, Tensor)):
         return None
     attention_width = heads * (getattr(config, "head_dim", None) or width // heads)
     on_cpu, length = labels.device.type == "cpu", tokens.shape[-1]
@@ -270,7 +273,7 @@ def describe_model(model: nn.Module, inputs: Mapping[str, Any], *, itemsize: int
         if found and getattr(config, "is_encoder_decoder", False):
             own = inputs.get("decoder_input_ids", labels).shape[-1]
             attended = own + length  # itself and the encoder
-        one_layer = _matrices(stack[0].modules())
+        one_layer = _matrices(stack[0])
         kept = 2 * sum(matrix.put_out for matrix in one_layer)
         # GPT-2's activation is written out in single operations, which keep three features more for each.
         written_out = sum(isinstance(m, NewGELUActivation) for m in stack[0].modules())
@@ -278,16 +281,14 @@ def describe_model(model: nn.Module, inputs: Mapping[str, Any], *, itemsize: int
         weights, probabilities = sum(matrix.weights for matrix in one_layer), heads * attended * keeps_probabilities
         found.append(LayerStack(len(stack), own, weights, kept, attention_width * attended, probabilities))
     parameters, by_token = list(model.parameters()), labels.dim() > 1 and not labels.is_floating_point()
-    last = next(iter(_matrices([find_head(model)])), outside[-1])
     return ModelShape(
         tuple(found),
         batch_size=tokens.numel() // length,  # of multiple choices, each is a row
         items=labels.shape[-1] if by_token else 1,
-        width=last.taken_in,
-        classes=last.put_out,
+        width=width,
+        classes=config.num_labels if head is None else len(cast(Tensor, head.weight)),
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
         trained_share=sum(m.weights for m in matrices if m.is_trained) / sum(m.weights for m in matrices),
-        head=sum(m.weights for m in outside) - last.weights,
         labelled=float((labels != -100).float().mean()) if by_token and on_cpu else 1.0,
         itemsize=itemsize or parameters[0].element_size(),
         gradient_itemsize=parameters[0].element_size(),
@@ -305,7 +306,7 @@ class _Matrix(NamedTuple):
         return self.taken_in * self.put_out
 
 
-def _matrices(modules: Iterable[Any]) -> list[_Matrix]:
-    linear: list[Any] = [m for m in modules if isinstance(m, (nn.Linear, Conv1D))]
+def _matrices(module: nn.Module) -> list[_Matrix]:
+    linear: list[Any] = [m for m in module.modules() if isinstance(m, (nn.Linear, Conv1D))]
     sizes = [(m.nx, m.nf) if isinstance(m, Conv1D) else (m.in_features, m.out_features) for m in linear]
     return [_Matrix(*size, m.weight.requires_grad) for size, m in zip(sizes, linear, strict=True)]

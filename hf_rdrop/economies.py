@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from .cost import describe_model, predict_cost
 from .fused_head import FusedHead, choose_fused_head
-from .trunk import SharedTrunk, check_shared_trunk
+from .trunk import SharedTrunk
+from .trunk_check import check_shared_trunk
 
 if TYPE_CHECKING:
     from .trainer import RDropMixin

@@ -1,0 +1,803 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers as tf
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.flop_counter import FlopCounterMode
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from hf_rdrop.batch import repeat_batch
+from hf_rdrop.dropout import inspect_dropout, set_dropout
+from hf_rdrop.trunk import SharedTrunk, find_layer_stacks
+from hf_rdrop.trunk_check import check_shared_trunk
+
+VOCAB = 40
+BERT_LIKE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "num_labels": 3,
+    "initializer_range": 0.3,
+}
+BART_LIKE = {
+    "vocab_size": VOCAB,
+    "d_model": 16,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 0,
+    "init_std": 0.3,
+}
+T5_LIKE = {
+    "vocab_size": VOCAB,
+    "d_model": 16,
+    "d_kv": 8,
+    "d_ff": 32,
+    "num_layers": 2,
+    "num_heads": 2,
+    "pad_token_id": 0,
+    "decoder_start_token_id": 0,
+}
+DISENTANGLED = {"relative_attention": True, "position_buckets": 8, "pos_att_type": ["c2p", "p2c"]}
+
+# Head, configuration class, configuration.
+ARCHITECTURES = {
+    "bert": (tf.BertForSequenceClassification, tf.BertConfig, BERT_LIKE),
+    "roberta": (tf.RobertaForTokenClassification, tf.RobertaConfig, BERT_LIKE),
+    "distilbert": (
+        tf.DistilBertForSequenceClassification,
+        tf.DistilBertConfig,
+        {"vocab_size": VOCAB, "dim": 16, "n_layers": 3, "n_heads": 2, "hidden_dim": 32, "initializer_range": 0.3},
+    ),
+    "deberta-v2": (tf.DebertaV2ForSequenceClassification, tf.DebertaV2Config, {**BERT_LIKE, **DISENTANGLED}),
+    "electra": (tf.ElectraForSequenceClassification, tf.ElectraConfig, {**BERT_LIKE, "embedding_size": 8}),
+    "modernbert": (
+        tf.ModernBertForSequenceClassification,
+        tf.ModernBertConfig,
+        {**BERT_LIKE, "cls_token_id": 1, "sep_token_id": 2},
+    ),
+    "llama": (tf.LlamaForCausalLM, tf.LlamaConfig, BERT_LIKE),
+    "qwen2": (tf.Qwen2ForSequenceClassification, tf.Qwen2Config, {**BERT_LIKE, "num_key_value_heads": 1}),
+    "gemma": (
+        tf.GemmaForCausalLM,
+        tf.GemmaConfig,
+        {**BERT_LIKE, "num_key_value_heads": 1, "head_dim": 8},
+    ),
+    "gpt2": (
+        tf.GPT2LMHeadModel,
+        tf.GPT2Config,
+        {
+            "vocab_size": VOCAB,
+            "n_embd": 16,
+            "n_layer": 3,
+            "n_head": 2,
+            "n_positions": 64,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "initializer_range": 0.3,
+        },
+    ),
+    "t5": (tf.T5ForConditionalGeneration, tf.T5Config, T5_LIKE),
+    "marian": (tf.MarianMTModel, tf.MarianConfig, {**BART_LIKE, "forced_eos_token_id": 2}),
+    "bart": (tf.BartForConditionalGeneration, tf.BartConfig, BART_LIKE),
+    "mbart": (tf.MBartForConditionalGeneration, tf.MBartConfig, BART_LIKE),
+    "pegasus": (tf.PegasusForConditionalGeneration, tf.PegasusConfig, {**BART_LIKE, "forced_eos_token_id": 2}),
+    "vit": (
+        tf.ViTForImageClassification,
+        tf.ViTConfig,
+        {**{k: v for k, v in BERT_LIKE.items() if k not in ("vocab_size",)}, "image_size": 16, "patch_size": 8},
+    ),
+}
+# What comes after the last layer and is random: the head's dropout, or the decoder's final one (T5).
+DROPOUT_ABOVE_ALL = {"bert", "roberta", "distilbert", "deberta-v2", "electra", "modernbert", "t5"}
+
+
+def make(name, dropout=0.2, **config):
+    head, config_class, base = ARCHITECTURES[name]
+    tf.set_seed(0)
+    model = head(config_class(**{**base, **config})).train()
+    set_dropout(model, dropout)
+    return model
+
+
+def make_batch(model, rows=3, length=7, seed=0):
+    """A padded batch with labels for the model's head."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(high, *shape, low=0):
+        return torch.randint(low, high, shape, generator=generator)
+
+    name = type(model).__name__
+    if "Image" in name:
+        return {"pixel_values": torch.randn(rows, 3, 16, 16, generator=generator), "labels": draw(2, rows)}
+    ids = draw(VOCAB, rows, length, low=3)
+    mask = torch.ones_like(ids)
+    mask[0, length - 2 :] = 0
+    batch = {"input_ids": ids * mask, "attention_mask": mask}
+    if "LM" in name:
+        batch["labels"] = torch.where(mask == 1, ids, -100)
+    elif "Sequence" in name:
+        batch["labels"] = draw(2, rows)
+    elif "Token" in name:
+        batch["labels"] = torch.where(mask == 1, draw(2, rows, length), -100)
+    else:
+        batch["labels"] = draw(VOCAB, rows, 5, low=3)
+    return batch
+
+
+def all_layers(model):
+    return [layer for stack in find_layer_stacks(model).values() for layer in stack]
+
+
+def count_rows(model):
+    """A list that the forwards to come fill with the rows of the layers' inputs; to be called after a trunk is on."""
+    seen = []
+    for layer in all_layers(model):
+        layer.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    return seen
+
+
+def record_outputs(model):
+    seen = []
+    for layer in all_layers(model):
+        layer.register_forward_hook(lambda m, a, out: seen.append((out if torch.is_tensor(out) else out[0]).detach()))
+    return seen
+
+
+def gradients(model, batch, passes=2, trunk=None, forward=None):
+    """Loss and gradients of one forward over the repeated batch."""
+    model.zero_grad()
+    torch.manual_seed(1)
+    if trunk is not None:
+        trunk.start(passes)
+    loss = (model if forward is None else forward)(**repeat_batch(batch, passes)).loss
+    loss.backward()
+    if trunk is not None:
+        trunk.stop()
+    return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(a, b, **tolerance):
+    (loss_a, grads_a), (loss_b, grads_b) = a, b
+    torch.testing.assert_close(loss_a, loss_b, **tolerance)
+    assert grads_a.keys() == grads_b.keys() and grads_a
+    for name, grad in grads_a.items():
+        torch.testing.assert_close(grad, grads_b[name], **tolerance, msg=lambda text, name=name: f"{name}: {text}")
+
+
+# ---- What sharing must and must not change, for each architecture ----
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_logits_in_evaluation_are_equal_for_each_k(name):
+    model = make(name).eval()
+    layers, passes = len(all_layers(model)), 2 if name != "marian" else 3
+    batch = make_batch(model)
+    repeated = repeat_batch(batch, passes)
+    with torch.no_grad():
+        plain = model(**repeated).logits
+        for k in range(1, layers + 1):
+            trunk = SharedTrunk(model, k)
+            rows = count_rows(model)
+            trunk.start(passes)
+            shared = model(**repeated).logits
+            trunk.stop()
+            assert rows == [3] * k + [3 * passes] * (layers - k)  # the lower layers ran once
+            assert len(shared) == 3 * passes
+            torch.testing.assert_close(shared, plain)
+            trunk.remove()
+            for layer in all_layers(model):
+                layer._forward_pre_hooks.clear()
+    assert plain.std(0).max() > 1e-2  # the rows differ, so a mistake in their order would be seen
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_check_accepts_what_leaves_something_random(name):
+    model = make(name)
+    layers = len(all_layers(model))
+    repeated = repeat_batch(make_batch(model), 2)
+    for k in range(1, layers + 1):
+        trunk = SharedTrunk(model, k)
+        if k < layers or name in DROPOUT_ABOVE_ALL:
+            check_shared_trunk(trunk, model, repeated, 2)
+        else:
+            with pytest.raises(ValueError, match=rf"after its {k} shared layers is random"):
+                check_shared_trunk(trunk, model, repeated, 2)
+        trunk.remove()
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_halves_are_identical_up_to_layer_k_and_differ_above(name):
+    model = make(name)
+    k, layers = 2, len(all_layers(model))
+    trunk = SharedTrunk(model, k)
+    outputs = record_outputs(model)
+    batch = repeat_batch(make_batch(model), 2)
+    model(**batch)
+    assert all(not torch.equal(*out.chunk(2)) for out in outputs)  # without sharing they differ everywhere
+    outputs.clear()
+    trunk.start(2)
+    logits = model(**batch).logits
+    trunk.stop()
+    assert [len(out) for out in outputs] == [3] * (k - 1) + [6] * (layers - k + 1)
+    assert torch.equal(*outputs[k - 1].chunk(2))
+    assert all(not torch.equal(*out.chunk(2)) for out in outputs[k:])
+    assert not torch.equal(*logits.chunk(2))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_gradients_without_dropout_are_equal(name):
+    model = make(name, dropout=0.0)
+    batch = make_batch(model)
+    plain = gradients(model, batch)
+    for k in (1, len(all_layers(model))):
+        trunk = SharedTrunk(model, k)
+        assert_same(gradients(model, batch, trunk=trunk), plain, rtol=1e-3, atol=1e-5)
+        trunk.remove()
+
+
+# ---- Gradients with dropout, against references that need no hooks ----
+
+
+@pytest.mark.parametrize("passes", (2, 3))
+@pytest.mark.parametrize("k", (1, 2, 3))
+def test_gradients_of_bert_equal_those_of_layers_run_by_hand(k, passes):
+    model, reference = make("bert", 0.3), make("bert", 0.3)
+    batch = make_batch(model)
+    loss, grads = gradients(model, batch, passes, SharedTrunk(model, k))
+
+    torch.manual_seed(1)
+    bert, repeated = reference.bert, repeat_batch(batch, passes)
+    mask = torch.where(batch["attention_mask"] == 1, 0.0, -torch.inf)[:, None, None, :]
+    hidden = bert.embeddings(repeated["input_ids"])[:3]
+    for layer in bert.encoder.layer[:k]:
+        hidden = layer(hidden, mask)
+    hidden = torch.cat([hidden] * passes)
+    for layer in bert.encoder.layer[k:]:
+        hidden = layer(hidden, torch.cat([mask] * passes))
+    logits = reference.classifier(reference.dropout(bert.pooler(hidden)))
+    expected = F.cross_entropy(logits, repeated["labels"])
+    expected.backward()
+    expected_grads = {n: p.grad for n, p in reference.named_parameters() if p.grad is not None}
+    assert_same((loss, grads), (expected.detach(), expected_grads), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ("marian", "t5"))
+def test_a_shared_encoder_is_one_encoder_pass_whose_output_is_repeated(name):
+    # Dropout in the decoder alone, so that both ways draw the same random numbers.
+    model, reference = make(name), make(name)
+    for one in (model, reference):
+        set_dropout(one.get_encoder(), 0.0)
+        assert any(s.rate > 0 for s in inspect_dropout(one))
+    batch = make_batch(model)
+    shared = gradients(model, batch, trunk=SharedTrunk(model, 2))
+
+    torch.manual_seed(1)
+    encoded = reference.get_encoder()(batch["input_ids"], attention_mask=batch["attention_mask"])[0]
+    repeated = repeat_batch(batch, 2)
+    del repeated["input_ids"]
+    loss = reference(encoder_outputs=(torch.cat([encoded, encoded]),), **repeated).loss
+    loss.backward()
+    grads = {n: p.grad for n, p in reference.named_parameters() if p.grad is not None}
+    assert_same(shared, (loss.detach(), grads), rtol=1e-4, atol=1e-6)
+
+
+def test_outside_start_and_stop_the_trunk_does_nothing():
+    model, untouched = make("bert"), make("bert")
+    batch = make_batch(model)
+    trunk = SharedTrunk(model, 2)
+    before = gradients(untouched, batch)
+    assert_same(gradients(model, batch), before, rtol=0, atol=0)
+    shared = gradients(model, batch, trunk=trunk)
+    assert shared[0] != before[0]
+    assert_same(gradients(model, batch), before, rtol=0, atol=0)
+    trunk.remove()
+    assert all(not layer._forward_hooks and not layer._forward_pre_hooks for layer in all_layers(model))
+
+
+# ---- Cost ----
+
+
+@pytest.mark.parametrize(("k", "passes"), ((1, 2), (3, 2), (4, 2), (2, 3)))
+def test_flops_of_the_layers(k, passes):
+    model = make("bert", num_hidden_layers=4)
+    trunk = SharedTrunk(model, k)
+    batch = make_batch(model)
+
+    def flops(backward, **inputs):
+        with FlopCounterMode(display=False) as counter:
+            loss = model(**inputs).loss
+            if backward:
+                loss.backward()
+        counts = counter.get_flop_counts()
+        key = "Global" if backward else "BertForSequenceClassification.bert.encoder"
+        return sum(counts[key].values())
+
+    plain = [flops(backward, **batch) for backward in (False, True)]
+    trunk.start(passes)
+    shared = [flops(backward, **repeat_batch(batch, passes)) for backward in (False, True)]
+    ratio = (4 + (passes - 1) * (4 - k)) / 4
+    assert shared[0] == plain[0] * ratio
+    assert shared[1] == pytest.approx(plain[1] * ratio, rel=0.03)  # with backward, pooler and classifier
+
+
+# ---- Together with everything else that touches layers ----
+
+
+@pytest.mark.parametrize("name", ("bert", "llama", "t5"))
+@pytest.mark.parametrize("use_reentrant", (True, False))
+def test_gradient_checkpointing(name, use_reentrant):
+    model = make(name)
+    batch = make_batch(model)
+    trunk = SharedTrunk(model, 2)
+    expected = gradients(model, batch, trunk=trunk)
+    model.config.use_cache = False
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    linear = next(module for module in all_layers(model)[0].modules() if isinstance(module, nn.Linear))
+    rows = []
+    linear.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    assert_same(gradients(model, batch, trunk=trunk), expected, rtol=1e-4, atol=1e-6)
+    assert rows == [3, 3]  # forward, and once more in backward
+
+
+def test_lora():
+    base = make("bert")
+    model = get_peft_model(base, LoraConfig(target_modules=["query", "value"], lora_dropout=0.2, r=2))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)  # zero at first, which would hide everything
+    trunk = SharedTrunk(model.get_base_model(), 2)
+    batch = make_batch(base)
+    rows = count_rows(base)
+    check_shared_trunk(trunk, model, repeat_batch(batch, 2), 2)
+    rows.clear()
+    _, grads = gradients(model, batch, trunk=trunk)
+    assert rows == [3, 3, 6]
+    assert grads and all("lora_" in name and grad.abs().sum() > 0 for name, grad in grads.items())
+    set_dropout(model, 0.0)
+    assert_same(gradients(model, batch), gradients(model, batch, trunk=trunk), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "backend"), (("bert", "aot_eager"), ("t5", "eager")))
+def test_compiled_model_is_not_compiled_again(name, backend):
+    torch._dynamo.reset()
+    model = make(name, dropout=0.0)
+    trunk = SharedTrunk(model, 2)
+    graphs = CompileCounterWithBackend(backend)
+    compiled = torch.compile(model, backend=graphs)
+    with pytest.raises(ValueError, match="is random"):
+        check_shared_trunk(trunk, compiled, repeat_batch(make_batch(model), 2), 2)
+    counts = [graphs.frame_count]
+    for rows in (3, 3, 3, 4, 5, 6, 3):
+        batch = make_batch(model, rows)
+        grads = gradients(model, batch, trunk=trunk, forward=compiled)
+        counts.append(graphs.frame_count)
+        assert_same(grads, gradients(model, batch), rtol=1e-3, atol=1e-5)
+    # The check compiles nothing; then one graph, without a break in it, and a second one for all other batch sizes.
+    assert counts == [0, 1, 1, 1, 2, 2, 2, 2]
+
+
+def test_a_new_trunk_on_a_compiled_model():
+    # As when training starts again, with a smaller batch.
+    torch._dynamo.reset()
+    model = make("bert", 0.0)
+    set_dropout(model.bert.encoder, 0.5)  # nothing else: the halves are identical if and only if all layers are shared
+    compiled = torch.compile(model, backend="eager")
+    batch = repeat_batch(make_batch(model), 2)
+    for k in (3, 1):
+        trunk = SharedTrunk(model, k)
+        trunk.start(2)
+        assert torch.equal(*compiled(**batch).logits.chunk(2)) == (k == 3)
+        trunk.remove()
+    assert not torch.equal(*compiled(**batch).logits.chunk(2))
+
+
+@pytest.mark.parametrize("name", ("bert", "llama", "marian", "vit"))
+def test_bfloat16(name):
+    model = make(name)
+    batch = make_batch(model)
+    if name == "vit":
+        batch["pixel_values"] = batch["pixel_values"].bfloat16()
+    repeated = repeat_batch(batch, 2)
+    trunk = SharedTrunk(model, 2)
+    outputs = record_outputs(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        check_shared_trunk(trunk, model, repeated, 2)
+        outputs.clear()
+        loss, grads = gradients(model, batch, trunk=trunk)
+    assert torch.equal(*outputs[1].chunk(2)) and not torch.equal(*outputs[2].chunk(2))
+    assert loss.isfinite() and all(grad.isfinite().all() for grad in grads.values())
+    model.bfloat16()
+    check_shared_trunk(trunk, model, repeated, 2)
+
+
+# ---- First dimensions that equal the number of rows by chance ----
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(("rows", "length"), ((3, 6), (1, 2), (1, 1), (4, 8), (2, 2)))
+def test_sequence_as_long_as_the_batch(name, rows, length):
+    # 4 rows and 2 passes are also as many as heads * head size, feed-forward size / 4, ...
+    model = make(name).eval()
+    batch = repeat_batch(make_batch(model, rows, length), 2)
+    trunk = SharedTrunk(model, 2)
+    with torch.no_grad():
+        plain = model(**batch).logits
+        trunk.start(2)
+        torch.testing.assert_close(model(**batch).logits, plain)
+
+
+@pytest.mark.parametrize("rows", (2, 4, 8, 16))
+def test_relative_position_embeddings_with_as_many_rows_as_the_batch(rows):
+    model = make("deberta-v2", position_buckets=8).eval()
+    assert len(model.deberta.encoder.rel_embeddings.weight) == 16
+    batch = repeat_batch(make_batch(model, rows), 2)
+    trunk = SharedTrunk(model, 2)
+    with torch.no_grad():
+        plain = model(**batch).logits
+        trunk.start(2)
+        torch.testing.assert_close(model(**batch).logits, plain)
+
+
+@pytest.mark.parametrize("rows", (1, 2, 3))
+def test_alibi_with_as_many_heads_as_rows(rows):
+    tf.set_seed(0)
+    config = tf.MptConfig(vocab_size=VOCAB, d_model=16, n_layers=3, n_heads=4, max_seq_len=64, pad_token_id=0)
+    model = tf.MptForSequenceClassification(config).eval()
+    batch = repeat_batch(make_batch(model, rows), 2)
+    trunk = SharedTrunk(model, 2)
+    with torch.no_grad():
+        plain = model(**batch).logits
+        trunk.start(2)
+        torch.testing.assert_close(model(**batch).logits, plain)
+
+
+def test_multiple_choice_has_a_row_for_each_choice():
+    model = tf.BertForMultipleChoice(tf.BertConfig(**BERT_LIKE)).train()
+    ids = torch.randint(3, VOCAB, (3, 4, 7), generator=torch.Generator().manual_seed(0))
+    repeated = repeat_batch({"input_ids": ids, "labels": torch.tensor([0, 1, 2])}, 2)
+    trunk = SharedTrunk(model, 2)
+    check_shared_trunk(trunk, model, repeated, 2)
+    rows = count_rows(model)
+    trunk.start(2)
+    model(**repeated)
+    assert rows == [12, 12, 24]
+
+
+# ---- Models of our own: what arguments look like, and what cannot be shared ----
+
+
+class Layer(GradientCheckpointingLayer):
+    """Mixes the time steps `[B, T, D]` of each row, adds to the log it is handed, and drops elements."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.dropout = nn.Linear(4, 4), nn.Dropout(0.2)
+
+    def forward(self, hidden_states, mask=None, position_embeddings=None, log=None):
+        x = self.linear(hidden_states)
+        if mask is not None:
+            x = x * mask["rows"][0][..., None]
+        if position_embeddings is not None:
+            x = x + position_embeddings
+        if log is not None:
+            log[len(log)] = len(x)
+        return hidden_states + self.dropout(torch.tanh(x + x.cumsum(1)))
+
+
+class Toy(nn.Module):
+    def __init__(self, layers=3, final_dropout=0.0):
+        super().__init__()
+        tf.set_seed(0)
+        self.layers = nn.ModuleList(Layer() for _ in range(layers))
+        self.final_dropout = final_dropout
+
+    def forward(self, x, mask, labels=None):
+        self.log = {}
+        rotary = torch.linspace(0, 1, x.shape[1])[:, None].expand(-1, 4)  # [T, D]
+        for i, layer in enumerate(self.layers):
+            if i % 2:  # keywords in any order
+                x = layer(position_embeddings=rotary, mask={"rows": (mask,)}, log=self.log, hidden_states=x)
+            else:
+                x = layer(x, {"rows": (mask,)}, rotary, log=self.log)
+        return {"logits": x[:, -1]}
+
+
+def toy_batch(rows=3, length=5):
+    generator = torch.Generator().manual_seed(0)
+    mask = (torch.rand(rows, length, generator=generator) > 0.3).float()
+    x = torch.randn(rows, length, 4, generator=generator)
+    return repeat_batch({"x": x, "mask": mask, "labels": torch.zeros(rows)}, 2)
+
+
+@pytest.mark.parametrize("length", (5, 6))  # 6 rows
+def test_nested_arguments_and_keywords(length):
+    model, batch = Toy(), toy_batch(length=length)
+    trunk = SharedTrunk(model, 2)
+    check_shared_trunk(trunk, model, batch, 2)
+    model.eval()
+    plain = model(**batch)["logits"]
+    trunk.start(2)
+    torch.testing.assert_close(model(**batch)["logits"], plain)
+    assert list(model.log.values()) == [3, 3, 6]  # the layers wrote to the model's own dict
+
+
+def test_names_that_are_never_cut():
+    class Table(Layer):
+        def forward(self, hidden_states, mask, position_embeddings, log=None, table=None):
+            assert table is None or len(table) == 6
+            return super().forward(hidden_states, mask, position_embeddings)
+
+    class WithTable(Toy):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(Table() for _ in range(3))
+
+        def forward(self, x, mask, labels=None):
+            table = torch.ones(6, 2)
+            for layer in self.layers:
+                x = layer(x, {"rows": (mask,)}, None, None, table)
+            return {"logits": x[:, -1]}
+
+    model = WithTable()
+    trunk = SharedTrunk(model, 2, non_batch_inputs={"table"})
+    trunk.start(2)
+    model(**toy_batch())
+    trunk.remove()
+    SharedTrunk(model, 2).start(2)
+    with pytest.raises(AssertionError):
+        model(**toy_batch())
+
+
+class Again(Toy):
+    def forward(self, x, mask, labels=None):
+        x = self.layers[0](x)
+        return super().forward(self.layers[0](x), mask)
+
+
+class TimeFirst(Toy):
+    def forward(self, x, mask, labels=None):
+        x = x.transpose(0, 1)
+        for layer in self.layers:
+            x = layer(x)
+        return {"logits": x.transpose(0, 1)[:, -1]}
+
+
+class Sums(Toy):
+    def forward(self, x, mask, labels=None):
+        states = [x]
+        for layer in self.layers:
+            states.append(layer(states[-1]))
+        return {"logits": sum(states)[:, -1]}
+
+
+@pytest.mark.parametrize(
+    ("model", "k", "reason"),
+    (
+        (Again(), 1, r"calls its first 1 layers in the order \[1, 1, 1\]"),
+        (Again(), 2, r"in the order \[1, 1, 1, 2\]"),
+        (TimeFirst(), 2, "batch dimension is not the first|does not run"),
+        (Sums(), 2, r"does not run with its first 2 layers shared.*\(RuntimeError: The size of tensor"),
+    ),
+)
+@pytest.mark.parametrize("length", (4, 5))
+def test_check_refuses(model, k, reason, length):
+    trunk = SharedTrunk(model, k)
+    trunk.start(2)  # whatever was before
+    with pytest.raises(ValueError, match=reason) as error:
+        check_shared_trunk(trunk, model, toy_batch(length=length), 2)
+    assert "Set rdrop_shared_layers to" in str(error.value)
+
+
+def test_check_allows_for_what_rounding_does_when_the_number_of_rows_changes():
+    class Rounding(Layer):
+        def forward(self, hidden_states, mask, position_embeddings, log=None):
+            exact = super().forward(hidden_states, mask, position_embeddings)
+            return exact + 0.1 * len(hidden_states)
+
+    model = Toy()
+    model.layers = nn.ModuleList(Rounding() for _ in range(3))
+    check_shared_trunk(SharedTrunk(model, 2), model, toy_batch(), 2)
+
+
+def test_check_accepts_layers_whose_states_are_used_outside_where_all_rows_are_there():
+    model = Sums()
+    check_shared_trunk(SharedTrunk(model, 1), model, toy_batch(), 2)
+
+
+def test_deberta_with_a_convolution_shares_one_layer_at_most():
+    model = make("deberta-v2", conv_kernel_size=3, conv_act="tanh")
+    repeated = repeat_batch(make_batch(model), 2)
+    trunk = SharedTrunk(model, 1)
+    check_shared_trunk(trunk, model, repeated, 2)
+    trunk.remove()
+    with pytest.raises(ValueError, match="does not run with its first 2 layers shared"):
+        check_shared_trunk(SharedTrunk(model, 2), model, repeated, 2)
+
+
+def test_bloom_is_refused():
+    model = tf.BloomForSequenceClassification(
+        tf.BloomConfig(vocab_size=VOCAB, hidden_size=16, n_layer=3, n_head=2, pad_token_id=0)
+    )
+    set_dropout(model, 0.1)
+    with pytest.raises(ValueError, match="does not run with its first 1 layers"):  # ALiBi of B * heads rows
+        check_shared_trunk(SharedTrunk(model, 1), model, repeat_batch(make_batch(model), 2), 2)
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    (
+        (nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1)), "no list of transformer layers found in Sequential"),
+        (nn.ModuleDict({"layers": nn.ModuleList()}), "no list of transformer layers found"),
+        (tf.AlbertModel(tf.AlbertConfig(**{**BERT_LIKE, "embedding_size": 8})), "found in AlbertModel"),
+        (tf.XLNetModel(tf.XLNetConfig(vocab_size=VOCAB, d_model=16, n_layer=1, n_head=2, d_inner=8)), "XLNetModel"),
+        (nn.ModuleList([Toy(3), Toy(2)]), r"2 lists of transformer layers \(0.layers \(3 layers\), 1.layers \(2"),
+    ),
+)
+def test_models_without_one_list_of_layers_are_refused(model, reason):
+    with pytest.raises(ValueError, match=reason) as error:
+        SharedTrunk(model, 1)
+    assert "Set rdrop_shared_layers to 0" in str(error.value)
+
+
+def test_lists_inside_lists_of_layers_are_not_counted():
+    model = Toy(4)
+    for layer in model.layers:
+        layer.parts = nn.ModuleList([Layer(), Layer()])
+    assert {name: len(stack) for name, stack in find_layer_stacks(model).items()} == {"layers": 4}
+
+
+# ---- How many layers ----
+
+
+@pytest.mark.parametrize(
+    ("asked", "k"),
+    ((1, 1), (4, 4), (3.0, 3), (0.01, 1), (0.25, 1), (0.5, 2), (0.6, 2), (0.625, 3), (0.75, 3), (0.99, 4)),
+)
+def test_number_or_fraction_of_layers(asked, k):
+    trunk = SharedTrunk(Toy(4), asked)
+    assert (trunk.num_layers, trunk.shared_layers) == (4, k)
+
+
+@pytest.mark.parametrize("asked", (0, -1, 5, 1.5, 5.0, math.nan, math.inf, -0.5, True, "2", None))
+def test_numbers_that_do_not_fit_are_refused(asked):
+    with pytest.raises(ValueError, match=r"rdrop_shared_layers=.* model of 4 layers.* from 1 to 4"):
+        SharedTrunk(Toy(4), asked)
+
+
+def test_numbers_for_an_encoder_decoder():
+    model = make("marian", encoder_layers=4, decoder_layers=2)
+    for asked, k in ((4, 4), (0.5, 2), (0.99, 4), (6, 6)):
+        trunk = SharedTrunk(model, asked)
+        assert (trunk.num_layers, trunk.shared_layers) == (4, k)
+        trunk.remove()
+    with pytest.raises(
+        ValueError, match=r"=7 does not fit this model of 4 \+ 2 layers: .* 1 to 6, .* 4 encoder layers"
+    ):
+        SharedTrunk(model, 7)
+
+
+# ---- What has to stay random ----
+
+
+@pytest.mark.parametrize("implementation", ("eager", "sdpa"))
+def test_what_counts_as_random_above_the_shared_layers(implementation):
+    def check(k, **config):
+        tf.set_seed(0)
+        rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, **config}
+        model = tf.BertForSequenceClassification(
+            tf.BertConfig(**{**BERT_LIKE, **rates}, attn_implementation=implementation)
+        )
+        check_shared_trunk(SharedTrunk(model, k), model, repeat_batch(make_batch(model), 2), 2)
+
+    check(3, classifier_dropout=0.1)
+    check(2, attention_probs_dropout_prob=0.1, classifier_dropout=0.0)
+    for k, config in (
+        (3, {"hidden_dropout_prob": 0.1, "classifier_dropout": 0.0}),
+        (3, {"attention_probs_dropout_prob": 0.1}),
+        (1, {}),
+    ):
+        with pytest.raises(ValueError, match=rf"after its {k} shared layers is random.*Share fewer layers"):
+            check(k, **config)
+
+
+def test_dropout_of_the_shared_layers_alone_is_refused():
+    model = make("bert", 0.0)
+    for layer in model.bert.encoder.layer[:2]:
+        set_dropout(layer, 0.5)
+    set_dropout(model.bert.embeddings, 0.5)
+    repeated = repeat_batch(make_batch(model), 2)
+    trunk = SharedTrunk(model, 1)
+    check_shared_trunk(trunk, model, repeated, 2)  # layer 2 is above
+    trunk.remove()
+    with pytest.raises(ValueError, match="after its 2 shared layers is random"):
+        check_shared_trunk(SharedTrunk(model, 2), model, repeated, 2)
+
+
+def test_layerdrop_of_the_shared_layers_is_refused():
+    config = {**BART_LIKE, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.1}
+    model = tf.BartForConditionalGeneration(tf.BartConfig(**config))
+    SharedTrunk(model, 2).remove()
+    for k in (3, 4):
+        with pytest.raises(ValueError, match=r"model.decoder.layerdrop = 0.1 skips whole layers of model.decoder"):
+            SharedTrunk(model, k)
+    model = tf.BartForConditionalGeneration(tf.BartConfig(**{**config, "encoder_layerdrop": 0.2}))
+    with pytest.raises(ValueError, match=r"encoder.layerdrop = 0.2 .* Set the layerdrop to 0"):
+        SharedTrunk(model, 1)
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in all_layers(model))
+
+
+# ---- The check leaves no trace ----
+
+
+@pytest.mark.parametrize("k", (2, 3))
+def test_check_leaves_no_trace(k):
+    model = make("llama")
+    model.lm_head.eval()  # a part that the user has put into evaluation mode
+    flags = {name: module.training for name, module in model.named_modules()}
+    batch = repeat_batch(make_batch(model), 2)
+    copies = {name: value.clone() for name, value in batch.items()}
+    trunk = SharedTrunk(model, k)
+    model.model.register_forward_pre_hook(
+        lambda module, args: torch.rand(1) and None
+    )  # some models draw in evaluation
+    state = torch.get_rng_state()
+    trunk.start(2)
+    try:
+        check_shared_trunk(trunk, model, batch, 2)
+    except ValueError:
+        assert k == 3
+    else:
+        assert k == 2
+    assert torch.equal(torch.get_rng_state(), state)
+    assert {name: module.training for name, module in model.named_modules()} == flags
+    assert batch.keys() == copies.keys() and all(torch.equal(batch[name], copies[name]) for name in batch)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert sum(len(module._forward_pre_hooks) for module in model.modules()) == k + 1  # the trunk's and ours
+    rows = count_rows(model)
+    model(**batch)
+    assert rows == [6, 6, 6]  # the trunk is stopped
+
+
+def test_check_takes_few_rows():
+    model = make("bert")
+    rows = count_rows(model)
+    batch = make_batch(model, rows=8)
+    check_shared_trunk(SharedTrunk(model, 1), model, repeat_batch(batch, 3), 3)
+    assert max(rows) == 2 * 3
+
+
+def test_check_picks_the_same_rows_of_everything():
+    model = make("bert")
+    seen = []
+
+    def take(module, args, kwargs):
+        seen.append((kwargs.pop("cache_position"), kwargs.pop("names"), kwargs["input_ids"]))
+
+    model.register_forward_pre_hook(take, with_kwargs=True)
+    batch = {**make_batch(model, rows=4), "names": list("abcd"), "cache_position": torch.arange(8)}
+    ids = batch["input_ids"]
+    repeated = repeat_batch(batch, 2, batch_size=4)
+    check_shared_trunk(SharedTrunk(model, 1), model, repeated, 2, batch_size=4)
+    for positions, names, rows in seen:
+        passes = len(rows) // 2
+        assert len(positions) == 8 and names == list("ab") * passes  # positions: by name, not per example
+        assert torch.equal(rows, torch.cat([ids[:2]] * passes))
+    assert [len(names) for _, names, _ in seen] == [4, 2, 4]
