@@ -1,7 +1,7 @@
 """What a training step with R-Drop costs beside a plain one, from the sizes of the model and of the batch alone."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +20,11 @@ class LayerStack(NamedTuple):
         layers: their number L.
         length: tokens T of an example.
         weights: parameters W in the matrices of one layer; each is multiplied with every token.
-        kept: features K that one layer keeps of a token for its backward pass, attention probabilities apart. About
-            twice what its matrices put out: that is kept by what comes next, and again behind it (normalised,
-            activated, as a dropout mask, as the result of attention).
-        attention: A, width of an attention (heads x their size) times the tokens it attends to, added up over the
-            attentions of one layer.
-        probabilities: R, attention probabilities of one layer for one token (heads x tokens attended to), which are
-            kept as such, as a mask and multiplied with it; 0 with kernels that keep none.
+        kept: features K that one layer keeps of a token for its backward pass, without R. About twice what its
+            matrices put out, which is kept by what comes next and again behind that (normalised, activated, masked).
+        attention: A, width (heads x their size) times tokens attended to, added up over the attentions of one layer.
+        probabilities: R, heads x tokens attended to, whose probabilities are kept as such, as a mask and multiplied
+            with it; 0 with kernels that keep none.
     """
 
     layers: int
@@ -35,9 +33,6 @@ class LayerStack(NamedTuple):
     kept: int
     attention: int
     probabilities: int = 0
-
-    def kept_bytes(self, itemsize: int) -> int:
-        return (self.kept + 3 * self.probabilities) * itemsize
 
 
 class ModelShape(NamedTuple):
@@ -49,12 +44,12 @@ class ModelShape(NamedTuple):
         items: places N of an example that are scored: its tokens, or 1.
         width: features D that go into the last matrix.
         classes: size V of the vocabulary, or number of classes.
-        trainable: parameters P that are trained.
-        trained_share: share of the matrices' weights that are trained.
-        labelled: share of the items that the fused head computes: on a CPU those with a label, elsewhere 1.
-        itemsize, gradient_itemsize: bytes of an activation (2 in mixed precision) and of a gradient.
+        trainable, trained_share: parameters P that are trained, and the share of the matrices' weights that is.
+        labelled: share of the items that the fused head computes: on a CPU those with a label, elsewhere all.
+        itemsize, gradient_itemsize: bytes of an activation and of a gradient; different in mixed precision.
         shards: processes among which gradients and optimizer are divided (FSDP, ZeRO).
         device_type: `"cpu"`; everything else counts as a GPU.
+        tied: whether the head's weight is the embeddings' (two more gradients of it while they are added up).
     """
 
     stacks: tuple[LayerStack, ...]
@@ -69,6 +64,15 @@ class ModelShape(NamedTuple):
     gradient_itemsize: int = 4
     shards: int = 1
     device_type: str = "cpu"
+    tied: bool = False
+
+    def kept_bytes(self, stack: LayerStack) -> float:
+        """Bytes that a layer keeps of a token: norms and residuals are float32 in mixed precision too."""
+        return (
+            (1.4 if self.itemsize < self.gradient_itemsize else 1)
+            * self.itemsize
+            * (stack.kept + 3 * stack.probabilities)
+        )
 
 
 class StepCost(NamedTuple):
@@ -89,18 +93,14 @@ class _Machine(NamedTuple):
     parameter: float  # a trained one: clipping of its gradient, AdamW
 
 
-# Fitted on two cores in float32, where dropout (one thread draws its masks) is most of `kept_byte`; how to fit them
-# again: tests/test_cost.py.
-_CPU = _Machine(kept_byte=130, logit=650, rdrop_logit=1800, fused_logit=400, parameter=500)
+# Fitted on two cores in float32, with dropout the most of `kept_byte`; how to fit them again: tests/test_cost.py.
+_CPU = _Machine(kept_byte=120, logit=450, rdrop_logit=1700, fused_logit=300, parameter=700)
 # Not fitted: the bytes that each moves (5, 40, 170, 14, 40) times 120, the FLOPs that GPUs do in bfloat16 in the time
 # of moving one byte, at the speeds of both that are reached in practice.
 _GPU = _Machine(kept_byte=600, logit=4800, rdrop_logit=20_400, fused_logit=1680, parameter=4800)
 
-_PLAIN_COPIES, _RDROP_COPIES = 3, 4  # of the logits: log-probabilities, both their gradients, and the agreement's
-_EMBEDDING_COPIES = 4  # of an embedded token below the layers: sum, normalised, dropout mask, output
-# Of the fused head, in float32 elements: see `linear_rdrop_loss`. Four temporaries of a block on a CPU.
+# Float32 elements in the fused head (see `linear_rdrop_loss`), on a CPU with four temporaries of a block.
 _MIN_CHUNK, _MAX_CHUNK, _BLOCKS_PER_CORE = 2**22, 2**28, 2**21
-
 # How configurations name the dropout of attention probabilities, with which no kernel of the CPU avoids keeping them.
 _ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop", "dropout_rate")
 
@@ -135,30 +135,27 @@ def predict_cost(
         kept      = (K + 3 R) itemsize, the bytes of one token in one layer
         logits(m) = 12 B N V for m = 1, 16 m B N V for R-Drop; fused head: 4 (2 D V + m B N D) or a little more
 
-    6 = 2 forward, 2 for the gradient of the input and 2, for trained weights, for theirs. `kept_byte`, `logit` (three
-    values: plain, R-Drop, fused) and `parameter` are constants of the machine: FLOPs that take as
-    long. Checkpointed layers run once more and keep their inputs. With an interval of n,
-    ``time = ((n - 1) time(1) + time(m)) / n``, and the peak is that of the repeated batch.
+    6 = 2 forward, 2 for the gradient of the input and 2, for trained weights, for theirs. `kept_byte`, `logit` (plain,
+    R-Drop or fused) and `parameter` are constants of the machine: FLOPs that take as long. Checkpointed layers run
+    once more and keep their inputs. With an interval of n, ``time = ((n - 1) time(1) + time(m)) / n``, and the peak is
+    that of the repeated batch.
 
     Args:
         shape: sizes of model and batch.
-        passes: m >= 1.
-        shared_layers: k, counted from the first stack on.
-        interval: n >= 1.
+        passes, shared_layers, interval: m >= 1; k, counted from the first stack on; n >= 1.
         fused_head: whether full logits are avoided, in the plain steps of the interval too.
         gradient_checkpointing: whether layers keep their inputs only.
-        gradient_accumulation_steps: batches to one update of the parameters.
-        fixed_share: share of a plain step's time, in [0, 1), spent on what is not counted above and the same in both:
-            waiting for data, or for the all-reduce of gradients, which is per parameter.
+        gradient_accumulation_steps: batches to one update.
+        fixed_share: share of a plain step's time, in [0, 1), that is not counted above and the same in both: waiting
+            for data, or for the all-reduce of gradients, which is per parameter.
 
     Returns:
-        `StepCost(time, memory, peak_bytes)`; memory beyond weights and optimizer state: activations, logits and
-        gradients. Not foreseen are models too small to keep a GPU busy (a second pass costs less there) and mixtures
-        of experts (counted as if every expert saw every token).
+        `StepCost(time, memory, peak_bytes)`: activations, logits, gradients, but not weights and optimizer state. Not
+        foreseen: models too small to keep a GPU busy (a second pass costs less), mixtures of experts.
 
     Example:
-        >>> shape = decoder_shape(32, 4096, 11008, vocab_size=32_000, length=2048)  # Llama-2 7B
-        >>> round(predict_cost(shape, shared_layers=24, fused_head=True).time, 1)
+        >>> llama_7b = decoder_shape(32, 4096, 11008, vocab_size=32_000, length=2048)
+        >>> round(predict_cost(llama_7b, shared_layers=24, fused_head=True).time, 1)
         1.2
     """
     plain = Step(1, 0, False, gradient_checkpointing, gradient_accumulation_steps)
@@ -176,39 +173,39 @@ def step_flops(shape: ModelShape, step: Step) -> float:
         tokens * ((per_weight + again) * stack.weights + (12 + 2 * again) * stack.attention)
         for stack, tokens in _layer_tokens(shape, step)
     )
-    items = step.passes * shape.batch_size * shape.items
-    scored = items * shape.labelled if step.fused_head else items
-    return layers + per_weight * scored * shape.width * shape.classes
+    items = step.passes * shape.batch_size * shape.items * (shape.labelled if step.fused_head else 1)
+    return layers + per_weight * items * shape.width * shape.classes
 
 
 def peak_memory(shape: ModelShape, step: Step) -> float:
     """Bytes that a step takes at its peak, as its backward pass begins or ends, beyond weights and optimizer state."""
-    rows = step.passes * shape.batch_size
-    token = shape.width * shape.itemsize
-    kept = _EMBEDDING_COPIES * token * rows * sum(stack.length for stack in shape.stacks)
+    rows, token = step.passes * shape.batch_size, shape.width * shape.itemsize
+    kept: float = 4 * token * rows * sum(stack.length for stack in shape.stacks)  # embedded: sum, norm, mask, product
     for stack, tokens in _layer_tokens(shape, step):
-        kept += tokens * (token if step.gradient_checkpointing else stack.kept_bytes(shape.itemsize))
+        kept += tokens * (token if step.gradient_checkpointing else shape.kept_bytes(stack))
+        if shape.itemsize < shape.gradient_itemsize:  # the weights in low precision
+            kept += stack.layers * stack.weights * shape.itemsize
     if step.gradient_checkpointing:  # the layer whose turn it is
-        kept += max(rows * stack.length * stack.kept_bytes(shape.itemsize) for stack in shape.stacks)
+        kept += max(rows * stack.length * shape.kept_bytes(stack) for stack in shape.stacks)
     items = rows * shape.items * (shape.labelled if step.fused_head else 1)
     weight, logits = shape.width * shape.classes, items * shape.classes
     if step.fused_head:  # the gradients of hidden states and weight, and a chunk or the weight's scaled gradient
         chunk = min(max(weight, _MIN_CHUNK), _MAX_CHUNK, logits)
-        blocks = _BLOCKS_PER_CORE * torch.get_num_threads() if shape.device_type == "cpu" else 0
-        elements = items * shape.width + weight + max(chunk + min(chunk, blocks), weight)
+        blocks = min(chunk, _BLOCKS_PER_CORE * torch.get_num_threads()) if shape.device_type == "cpu" else 0
+        elements = items * shape.width + weight + max(chunk + blocks, weight)
     else:
-        elements = max(_PLAIN_COPIES * logits, logits + weight)
-        if step.passes > 1:  # the forward pass has one copy less and the blocks in which the agreement is computed
-            elements = max(elements, _RDROP_COPIES * logits, 3 * logits + 5 * min(logits, _BLOCK_ELEMENTS))
+        # Log-probabilities, their gradient and the logits'; the agreement's, or the blocks in which it is computed.
+        agreement = max(logits, min(4 * logits, 5.5 * _BLOCK_ELEMENTS)) if step.passes > 1 else 0
+        elements = max(3 * logits + agreement, logits + weight)
     start = kept + 4 * elements  # in float32, whatever the precision of the model
-    gradients = shape.trainable * shape.gradient_itemsize / shape.shards
+    gradients = (shape.trainable + 2 * weight * shape.tied) * shape.gradient_itemsize / shape.shards
     return start + gradients if step.gradient_accumulation_steps > 1 else max(start, gradients)
 
 
 def _time(shape: ModelShape, step: Step) -> float:
     """Time of a step on one batch, in FLOPs."""
     machine = _CPU if shape.device_type == "cpu" else _GPU
-    kept = sum(tokens * stack.kept_bytes(shape.itemsize) for stack, tokens in _layer_tokens(shape, step))
+    kept = sum(tokens * shape.kept_bytes(stack) for stack, tokens in _layer_tokens(shape, step))
     logits = step.passes * shape.batch_size * shape.items * shape.classes
     per_logit = machine.logit if step.passes == 1 else machine.rdrop_logit
     loss = logits * (machine.fused_logit * shape.labelled if step.fused_head else per_logit)
@@ -231,8 +228,7 @@ def decoder_shape(
     """The shape of a decoder as Llama's, trained in bfloat16 on a GPU, for predictions on paper.
 
     Args:
-        layers, width, vocab_size, length, batch_size: L, D, V, T and B.
-        inner: features inside its gated feed-forward layers.
+        layers, width, inner, vocab_size, length, batch_size: L, D, features in its gated feed-forward layers, V, T, B.
         others: `key_value_width` with grouped queries, and fields of `ModelShape`, such as `shards`.
     """
     outputs = 3 * width + 2 * others.pop("key_value_width", width) + 2 * inner
@@ -255,12 +251,12 @@ def describe_model(model: nn.Module, inputs: Mapping[str, Any], *, itemsize: int
         The shape; None where it cannot be read: no stack of Transformers' layers, no labels, no tokens.
     """
     config: Any = getattr(model, "config", None)
-    labels, tokens, head = inputs.get("labels"), inputs.get("input_ids"), find_head(model)
-    heads: Any = getattr(config, "num_attention_heads", None)
-    width: Any = getattr(config, "hidden_size", None)
-    stacks, matrices = find_layer_stacks(model), _matrices(model)
-    sizes_known = matrices and isinstance(heads, int) and isinstance(width, int)
-    if not (stacks and sizes_known and isinstance(labels, Tensor) and isinstance(tokens, Tensor)):
+    batch: list[Any] = [inputs.get(name) for name in ("labels", "input_ids")]
+    sizes: list[Any] = [getattr(config, name, None) for name in ("num_attention_heads", "hidden_size")]
+    (labels, tokens), (heads, width) = batch, sizes
+    stacks, matrices, is_lm = find_layer_stacks(model), _matrices(model), find_head(model) is not None
+    readable = [isinstance(x, Tensor) for x in batch] + [isinstance(x, int) for x in sizes]
+    if not (stacks and matrices and all(readable)):
         return None
     attention_width = heads * (getattr(config, "head_dim", None) or width // heads)
     on_cpu, length = labels.device.type == "cpu", tokens.shape[-1]
@@ -274,11 +270,11 @@ def describe_model(model: nn.Module, inputs: Mapping[str, Any], *, itemsize: int
             own = inputs.get("decoder_input_ids", labels).shape[-1]
             attended = own + length  # itself and the encoder
         one_layer = _matrices(stack[0])
-        kept = 2 * sum(matrix.put_out for matrix in one_layer)
+        kept = 2 * sum(put_out for _, put_out, _ in one_layer)
         # GPT-2's activation is written out in single operations, which keep three features more for each.
         written_out = sum(isinstance(m, NewGELUActivation) for m in stack[0].modules())
-        kept += 3 * written_out * max((matrix.taken_in for matrix in one_layer), default=0)
-        weights, probabilities = sum(matrix.weights for matrix in one_layer), heads * attended * keeps_probabilities
+        kept += 3 * written_out * max((taken_in for taken_in, _, _ in one_layer), default=0)
+        weights, probabilities = sum(a * b for a, b, _ in one_layer), heads * attended * keeps_probabilities
         found.append(LayerStack(len(stack), own, weights, kept, attention_width * attended, probabilities))
     parameters, by_token = list(model.parameters()), labels.dim() > 1 and not labels.is_floating_point()
     return ModelShape(
@@ -286,27 +282,19 @@ def describe_model(model: nn.Module, inputs: Mapping[str, Any], *, itemsize: int
         batch_size=tokens.numel() // length,  # of multiple choices, each is a row
         items=labels.shape[-1] if by_token else 1,
         width=width,
-        classes=config.num_labels if head is None else len(cast(Tensor, head.weight)),
+        classes=config.vocab_size if is_lm else config.num_labels,
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
-        trained_share=sum(m.weights for m in matrices if m.is_trained) / sum(m.weights for m in matrices),
+        trained_share=sum(a * b * is_trained for a, b, is_trained in matrices) / sum(a * b for a, b, _ in matrices),
         labelled=float((labels != -100).float().mean()) if by_token and on_cpu else 1.0,
         itemsize=itemsize or parameters[0].element_size(),
         gradient_itemsize=parameters[0].element_size(),
         device_type=labels.device.type,
+        tied=is_lm and bool(config.tie_word_embeddings),
     )
 
 
-class _Matrix(NamedTuple):
-    taken_in: int
-    put_out: int
-    is_trained: bool
-
-    @property
-    def weights(self) -> int:  # of the weight itself, ZeRO-3 and quantisation leave something else
-        return self.taken_in * self.put_out
-
-
-def _matrices(module: nn.Module) -> list[_Matrix]:
+def _matrices(module: nn.Module) -> list[tuple[int, int, bool]]:
+    """Features in, features out and whether it is trained, of every matrix (also of 4 bits, or on other processes)."""
     linear: list[Any] = [m for m in module.modules() if isinstance(m, (nn.Linear, Conv1D))]
-    sizes = [(m.nx, m.nf) if isinstance(m, Conv1D) else (m.in_features, m.out_features) for m in linear]
-    return [_Matrix(*size, m.weight.requires_grad) for size, m in zip(sizes, linear, strict=True)]
+    sizes = ((m.nx, m.nf) if isinstance(m, Conv1D) else (m.in_features, m.out_features) for m in linear)
+    return [(*size, m.weight.requires_grad) for size, m in zip(sizes, linear, strict=True)]

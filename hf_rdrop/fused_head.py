@@ -19,7 +19,7 @@ from .loss import RDropLossOutput
 logger = logging.getLogger(__name__)
 
 # From this vocabulary on it pays; below it the full logits are small (see the benchmark's loss stage).
-MIN_VOCAB_SIZE = 4096
+MIN_VOCAB_SIZE = 1000
 # The buffer that BART and its relatives (Marian, mBART, Pegasus, ...) add to the head's output in their forward.
 _FINAL_BIAS = "final_logits_bias"
 

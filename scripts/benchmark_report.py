@@ -136,6 +136,7 @@ def _step_table(group: Group) -> Table:
     note = (
         f"{_sizes(group)}. Ratios over the plain step with B rows, and with 2B rows. `model`: the cost model's "
         "prediction and its distance from the measurement."
+        + (" Trunk and interval have the fused head, as with `auto`." if FUSED in group["arms"] else "")
     )
     return Table(f"Training step: {group['head']}", note, columns, rows)
 
@@ -190,7 +191,10 @@ def _limits_table(results: Mapping[str, Any]) -> Table:
         sizes = group["sizes"]
         logits = 2 * sizes["batch"] * sizes["length"] * sizes["vocab"] * 4
         at_least("translation: memory saved by fused / full logits in fp32", 1.0, [saved / logits])
-    at_most("r-drop time / plain 2B, every head", 1.03, [time_ratio(g, RDROP, DOUBLED) for g in steps.values()])
+    for head, group in steps.items():
+        for arm in (RDROP, FUSED):
+            if arm in group["arms"]:
+                at_most(f"{head}: {arm} time / plain 2B", 1.03, [time_ratio(group, arm, DOUBLED)])
     if (group := steps.get("sequence-classification")) and group["sizes"]["layers"] == 12:
         for arm, limit in ((TRUNK_3_4, 1.30), ("trunk L-1", 1.15)):
             at_most(f"{arm} time / plain B, 12 layers", limit, [time_ratio(group, arm, PLAIN)])

@@ -107,12 +107,18 @@ def trunk_layers(head: str, layers: int) -> dict[str, int]:
 
 
 def step_settings(head: str, layers: int) -> dict[str, dict[str, Any]]:
-    """The arguments of every arm for a head, in the order of the tables."""
-    economies = {FUSED: {"rdrop_fused_head": "on"}} if not HEADS[head].labels else {}
-    economies |= {name: {"rdrop_shared_layers": k} for name, k in trunk_layers(head, layers).items()}
-    economies |= {f"interval {n}": {"rdrop_interval": n} for n in (2, 4)}
-    off = {"rdrop_fused_head": "off"}
-    return {PLAIN: {}, DOUBLED: {}, TWO_FORWARDS: {}, RDROP: off, **{arm: off | e for arm, e in economies.items()}}
+    """The arguments of every arm for a head, in the order of the tables.
+
+    Trunk and interval come with the fused head where there is a vocabulary: so users have them, with
+    rdrop_fused_head="auto".
+    """
+    off, fused = {"rdrop_fused_head": "off"}, {"rdrop_fused_head": "on"}
+    arms = {PLAIN: {}, DOUBLED: {}, TWO_FORWARDS: {}, RDROP: off}
+    if not HEADS[head].labels:
+        arms[FUSED] = fused
+    usual = off if HEADS[head].labels else fused
+    arms |= {name: usual | {"rdrop_shared_layers": k} for name, k in trunk_layers(head, layers).items()}
+    return arms | {f"interval {n}": usual | {"rdrop_interval": n} for n in (2, 4)}
 
 
 def make_batch(head: str, sizes: Sizes, seed: int) -> dict[str, Tensor]:

@@ -263,7 +263,7 @@ def test_limits_take_the_worst_case():
     peaks = {PLAIN: logits, DOUBLED: 2 * logits, RDROP: 3 * logits, FUSED: logits}
     second = step_group("translation", {**times, RDROP: 2.08, FUSED: 1.9}, peaks)
     made = {row[0]: row[1:] for row in find(tables(make_results([first, second])), "Limits").rows}
-    assert made["r-drop time / plain 2B, every head"] == ["<= 1.03", "1.04", "no"]
+    assert made["sequence-classification: r-drop time / plain 2B"] == ["<= 1.03", "1.04", "no"]
     assert made["trunk 3L/4 time / plain B, 12 layers"] == ["<= 1.3", "1.31", "no"]
     assert made["trunk L-1 time / plain B, 12 layers"] == ["<= 1.15", "1.15", "yes"]
     assert made["translation: fused time / r-drop"] == ["<= 1", "0.91", "yes"]
