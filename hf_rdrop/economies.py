@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from .cost import describe_model, predict_cost
+from .cost import predict_cost
 from .fused_head import FusedHead, choose_fused_head
+from .model_shape import describe_model
 from .trunk import SharedTrunk
 from .trunk_check import check_shared_trunk
 
@@ -71,8 +72,11 @@ class Economies:
     def describe_cost(self, inputs: Mapping[str, Any]) -> str:
         """What the cost model says of a step on this batch, in a sentence."""
         trainer, args = self.trainer, self.trainer.args
-        half = args.bf16 or args.fp16
-        shape = describe_model(trainer.base_model, inputs, itemsize=2 if half else None)
+        try:
+            shape = describe_model(trainer.base_model, inputs, itemsize=2 if args.bf16 or args.fp16 else None)
+        except Exception as error:  # a model of an unforeseen kind must train all the same
+            logger.debug("The sizes of the model cannot be read.", exc_info=error)
+            shape = None
         if shape is None:
             return "R-Drop: no prediction of the cost, because the sizes of this model's layers are unknown."
         cost = predict_cost(

@@ -26,7 +26,8 @@ from transformers import (
 )
 
 from hf_rdrop import RDropTrainer, RDropTrainingArguments
-from hf_rdrop.cost import describe_model, predict_cost
+from hf_rdrop.cost import predict_cost
+from hf_rdrop.model_shape import describe_model
 
 PLAIN, DOUBLED, TWO_FORWARDS, RDROP, FUSED = "plain B", "plain 2B", "two forwards", "r-drop", "r-drop + fused"
 TRUNK_3_4 = "trunk 3L/4"
@@ -179,17 +180,21 @@ class Step:
             trainer.state.global_step += 1
 
 
+def cost_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `predict_cost` for those of an arm of RDropTrainer."""
+    return {
+        "shared_layers": settings.get("rdrop_shared_layers", 0),
+        "interval": settings.get("rdrop_interval", 1),
+        "fused_head": settings["rdrop_fused_head"] == "on",
+    }
+
+
 def predict(model: nn.Module, batch: dict[str, Tensor], settings: dict[str, Any], itemsize: int) -> dict[str, float]:
     """What the cost model says of an arm of RDropTrainer: `time` and `memory` over the plain step's."""
     shape = describe_model(model, batch, itemsize=itemsize)
     if shape is None:
         return {}
-    cost = predict_cost(
-        shape,
-        shared_layers=settings.get("rdrop_shared_layers", 0),
-        interval=settings.get("rdrop_interval", 1),
-        fused_head=settings["rdrop_fused_head"] == "on",
-    )
+    cost = predict_cost(shape, **cost_settings(settings))
     return cost._asdict()
 
 

@@ -1,17 +1,13 @@
-"""The cost model against counted FLOPs and measured allocations of real models.
+"""The cost model against counted FLOPs and measured allocations of real models."""
 
-Its constants for the CPU are fitted by `python tests/test_cost.py` on a machine that does nothing else (some minutes):
-it times the benchmark's arms, and prints the constants to put into `hf_rdrop/cost.py` with what they predict.
-"""
-
-import statistics
-import sys
-import tempfile
 from itertools import pairwise
-from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from benchmark_measure import peak_bytes
+from benchmark_steps import FUSED, PLAIN, RDROP, Sizes, make_batch, step_arms
+from fit_cost_model import Measured, errors, fit
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
@@ -26,15 +22,9 @@ from transformers import (
     MarianMTModel,
 )
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-
-from benchmark_measure import measure, peak_bytes
-from benchmark_steps import FUSED, HEADS, PLAIN, RDROP, Sizes, make_batch, step_arms
-
-from hf_rdrop import cost
 from hf_rdrop.batch import repeat_batch
-from hf_rdrop.cost import Step, decoder_shape, describe_model, peak_memory, predict_cost, step_flops
+from hf_rdrop.cost import Machine, Step, peak_memory, predict_cost, step_flops
+from hf_rdrop.model_shape import decoder_shape, describe_model
 from hf_rdrop.trunk import SharedTrunk
 
 WIDTH, VOCAB, BATCH, LENGTH = 32, 1000, 3, 16
@@ -218,40 +208,13 @@ def test_what_cannot_be_read_gives_no_prediction():
     assert describe_model(no_sizes, inputs) is None
 
 
-def fit(repeats: int = 5) -> None:
-    """Fit the constants of the CPU to step times of all heads, by non-negative least squares of relative errors."""
-    from scipy.optimize import nnls
-
-    units = {field: cost._Machine(*(float(f == field) for f in cost._Machine._fields)) for field in cost._CPU._fields}
-    rows, arms_timed = [], []
-    for head in HEADS:
-        for batch in (2, 8):  # the small one for what does not grow with the batch
-            sizes = Sizes(12, 256, batch, 64, 32_000)  # as in the benchmark
-            with tempfile.TemporaryDirectory() as folder:
-                arms = list(step_arms(head, sizes, (PLAIN, RDROP, FUSED, "trunk L-1"), folder=folder, **HOW))
-                shape = describe_model(arms[0].run.trainer.model, make_batch(head, sizes, 0))
-                results = measure(arms, repeats, HOW["device"])
-            for arm in arms:
-                seconds = statistics.median(results[arm.name]["seconds"])
-                step = Step(passes=1 if arm.name == PLAIN else 2, **_settings(arm))
-                flops, rest = step_flops(shape, step), []
-                for unit in units.values():
-                    cost._CPU = unit
-                    rest.append(cost._time(shape, step) - flops)
-                rows.append([value / seconds for value in (flops, *rest)])
-                arms_timed.append((head, batch, arm.name, seconds))
-    # Every row is to add up to 1, its step's time over itself; the columns are scaled for the solver.
-    scales = [max(column) for column in zip(*rows, strict=True)]
-    scaled = [[value / scale for value, scale in zip(row, scales, strict=True)] for row in rows]
-    per_flop, *constants = (x / scale for x, scale in zip(nnls(scaled, [1.0] * len(rows))[0], scales, strict=True))
-    print(f"matrix products: {1e-9 / per_flop:.0f} GFLOP/s")
-    print(", ".join(f"{field}={value / per_flop:.0f}" for field, value in zip(units, constants, strict=True)))
-    for (head, batch, arm, seconds), row in zip(arms_timed, rows, strict=True):
-        predicted = seconds * sum(a * b for a, b in zip(row, (per_flop, *constants), strict=True))
-        if arm == PLAIN:
-            plain = seconds, predicted
-        print(f"{head}, batch {batch}, {arm}: {seconds / plain[0]:.2f} measured, {predicted / plain[1]:.2f} predicted")
-
-
-if __name__ == "__main__":
-    fit()
+def test_the_fit_finds_the_constants_that_made_the_ratios():
+    truth = Machine(100, 500, 1500, 250, 600)
+    shapes = [describe_model(MODELS[name](), _batch(name)) for name in ("classification", "translation", "gpt2")]
+    kinds = [{}, {"fused_head": True}, {"shared_layers": 1}, {"interval": 2}]
+    arms = [Measured(s, kind, predict_cost(s, machine=truth, **kind).time) for s in shapes for kind in kinds]
+    start = Machine(*(1.5 * value for value in truth))
+    found = fit(arms, start._replace(parameter=300))
+    assert np.abs(errors(arms, found)).max() < 0.02 < np.abs(errors(arms, start._replace(parameter=300))).max()
+    with pytest.raises(ValueError, match="too few"):
+        fit(arms[:4], start)

@@ -4,6 +4,7 @@ import re
 import shlex
 from pathlib import Path
 
+import benchmark
 import compare
 import init_model
 import pytest
@@ -24,6 +25,7 @@ SCRIPTS = {
         run_translation.RDropSeq2SeqTrainingArguments,
     ),
     "init_model.py": (init_model.InitModelArguments,),
+    "benchmark.py": (benchmark.BenchmarkArguments,),
 }
 
 
