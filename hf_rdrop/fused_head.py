@@ -58,8 +58,9 @@ def choose_fused_head(
             raise ValueError(obstacle)
         head.check(wrapped, inputs, labels, shift_labels)
         return head
-    except ValueError as error:
-        message = f"the loss cannot be computed in place of the head: {error}"
+    except Exception as error:  # whatever a model does when it is tried out, it may train on its full logits
+        reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        message = f"the loss cannot be computed in place of the head: {reason}"
         if mode == "on":
             raise ValueError(
                 f"rdrop_fused_head='on', but {message}. The full logits give the same loss in more time and memory: "

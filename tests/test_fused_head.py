@@ -283,6 +283,22 @@ def test_what_is_impossible_falls_back_with_the_reason(case, caplog, monkeypatch
         loss_and_gradients(make_trainer(model, kind, rdrop_fused_head="on"), batch)
 
 
+def test_a_model_that_fails_when_tried_out_trains_on_its_logits(caplog, monkeypatch):
+    monkeypatch.setattr("hf_rdrop.fused_head.MIN_VOCAB_SIZE", 1)
+    model = make_lm("causal", "llama")
+    forward = model.forward
+
+    def picky(*args, **kwargs):
+        if len(kwargs["input_ids"]) < 4:
+            raise IndexError("too few rows")
+        return forward(*args, **kwargs)
+
+    model.forward = picky
+    trainer = make_trainer(model)
+    assert loss_and_gradients(trainer, make_batch("causal"))[0] > 0
+    assert trainer._economies.fused_head is None and "IndexError: too few rows" in caplog.text
+
+
 def test_a_loss_of_ones_own_needs_the_logits():
     class Ours(RDropMixin, Reweighted):
         pass
