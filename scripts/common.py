@@ -95,7 +95,15 @@ def start_run(args: TrainingArguments) -> str | None:
         format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", datefmt="%m/%d/%Y %H:%M:%S", level=logging.WARN
     )
     scripts_level = logging.INFO if args.should_log else logging.ERROR
-    for name in ("model_loading", "glue_data", "ner_data", "translation_data", "run_translation", "__main__"):
+    for name in (
+        "model_loading",
+        "glue_data",
+        "ner_data",
+        "translation_data",
+        "run_translation",
+        "hf_rdrop",
+        "__main__",
+    ):
         logging.getLogger(name).setLevel(scripts_level)
     if args.disable_tqdm or not args.should_log:
         datasets.disable_progress_bars()

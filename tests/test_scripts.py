@@ -366,6 +366,14 @@ def test_translation(tmp_path, seq2seq, alpha):
     assert all((entry["kl_loss"] > 0) == (alpha > 0) for entry in logged(tmp_path))
 
 
+def test_translation_with_every_economy(tmp_path, seq2seq, caplog):
+    files = write_splits(tmp_path, made.translation_rows, "{split}.jsonl.gz")
+    more = (*TRANSLATION, "--rdrop_fused_head", "on", "--rdrop_shared_layers", "1", "--rdrop_interval", "2")
+    run_translation.main(arguments(tmp_path, files, seq2seq, *more))
+    assert [entry["kl_loss"] > 0 for entry in logged(tmp_path)] == [True, False, True]
+    assert caplog.text.count("x the time and") == 1  # a user of the scripts sees the prediction
+
+
 def test_bleu_is_against_the_references_as_written(tmp_path, seq2seq, monkeypatch):
     """Perfect output scores 100 though the tokenizer cannot write the references, and wrong references do not."""
     files = write_splits(tmp_path, made.translation_rows)
