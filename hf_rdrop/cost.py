@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 from .functional import _BLOCK_ELEMENTS
+from .fused import _BLOCK_ELEMENTS_PER_CORE, default_chunk_bytes
 from .model_shape import LayerStack, ModelShape
 
 
@@ -35,8 +36,7 @@ MACHINES = {
     "cuda": Machine(kept_byte=600, logit=4800, rdrop_logit=20_400, fused_logit=1680, parameter=4800),
 }
 
-# Float32 elements in the fused head (see `linear_rdrop_loss`), on a CPU with four temporaries of a block.
-_MIN_CHUNK, _MAX_CHUNK, _BLOCKS_PER_CORE = 2**22, 2**28, 2**21
+_BLOCK_COPIES = 4  # temporaries of a block in the fused head on a CPU
 
 
 class Step(NamedTuple):
@@ -128,8 +128,9 @@ def peak_memory(shape: ModelShape, step: Step) -> float:
     items = rows * shape.items * (shape.labelled if step.fused_head else 1)
     weight, logits = shape.width * shape.classes, items * shape.classes
     if step.fused_head:  # the gradients of hidden states and weight, and a chunk or the weight's scaled gradient
-        chunk = min(max(weight, _MIN_CHUNK), _MAX_CHUNK, logits)
-        blocks = min(chunk, _BLOCKS_PER_CORE * torch.get_num_threads()) if shape.device_type == "cpu" else 0
+        chunk = min(default_chunk_bytes(weight) // 4, logits)
+        block = _BLOCK_COPIES * _BLOCK_ELEMENTS_PER_CORE * torch.get_num_threads()
+        blocks = min(chunk, block) if shape.device_type == "cpu" else 0
         elements = items * shape.width + weight + max(chunk + blocks, weight)
     else:
         # Log-probabilities, their gradient and the logits'; the agreement's, or the blocks in which it is computed.

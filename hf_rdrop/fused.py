@@ -102,11 +102,16 @@ def linear_rdrop_loss(
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     if chunk_bytes is None:
-        chunk_bytes = min(max(4 * weight.numel(), _MIN_CHUNK_BYTES), _MAX_CHUNK_BYTES)
+        chunk_bytes = default_chunk_bytes(weight.numel())
     rows = max(1, chunk_bytes // (passes * len(weight) * dtype.itemsize))
     with torch.autocast(device, enabled=False):
         loss, ce, kl = _LinearRDrop.apply(hidden, weight, bias, labels, valid, alpha, label_smoothing, rows, dtype)
     return RDropLossOutput(loss, ce, kl)
+
+
+def default_chunk_bytes(weight_elements: int) -> int:
+    """Memory for one chunk of logits of a head with so many weights."""
+    return min(max(4 * weight_elements, _MIN_CHUNK_BYTES), _MAX_CHUNK_BYTES)
 
 
 class _LinearRDrop(torch.autograd.Function):

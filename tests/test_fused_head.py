@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 import transformers
+from benchmark_measure import peak_bytes
 from conftest import make_model, make_rows, step_logs, train
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
@@ -418,11 +419,5 @@ def test_a_training_step_never_holds_the_full_logits():
     for mode in ("off", "on"):
         trainer = make_trainer(make_lm("causal", "llama", **config), rdrop_fused_head=mode)
         loss_and_gradients(trainer, batch)  # the checks of the first batch are done
-        with torch.profiler.profile(profile_memory=True) as profiler:
-            loss_and_gradients(trainer, batch)
-        live = peaks[mode] = 0
-        for event in profiler.profiler.kineto_results.events():
-            if event.name() == "[memory]":
-                live += event.nbytes()
-                peaks[mode] = max(peaks[mode], live)
+        peaks[mode] = peak_bytes(lambda trainer=trainer: loss_and_gradients(trainer, batch), torch.device("cpu"))
     assert peaks["on"] < 4 * 2 * 16 * 64 * 8000 < peaks["off"] / 2

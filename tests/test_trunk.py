@@ -431,17 +431,21 @@ def test_bfloat16(name):
 # ---- First dimensions that equal the number of rows by chance ----
 
 
+def assert_sharing_two_layers_changes_no_logit(model, batch):
+    trunk = SharedTrunk(model, 2)
+    with torch.no_grad():
+        plain = model(**batch).logits
+        trunk.start(2)
+        torch.testing.assert_close(model(**batch).logits, plain)
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize(("rows", "length"), ((3, 6), (1, 2), (1, 1), (4, 8), (2, 2)))
 def test_sequence_as_long_as_the_batch(name, rows, length):
     # 4 rows and 2 passes are also as many as heads * head size, feed-forward size / 4, ...
     model = make(name).eval()
     batch = repeat_batch(make_batch(model, rows, length), 2)
-    trunk = SharedTrunk(model, 2)
-    with torch.no_grad():
-        plain = model(**batch).logits
-        trunk.start(2)
-        torch.testing.assert_close(model(**batch).logits, plain)
+    assert_sharing_two_layers_changes_no_logit(model, batch)
 
 
 @pytest.mark.parametrize("rows", (2, 4, 8, 16))
@@ -449,11 +453,7 @@ def test_relative_position_embeddings_with_as_many_rows_as_the_batch(rows):
     model = make("deberta-v2", position_buckets=8).eval()
     assert len(model.deberta.encoder.rel_embeddings.weight) == 16
     batch = repeat_batch(make_batch(model, rows), 2)
-    trunk = SharedTrunk(model, 2)
-    with torch.no_grad():
-        plain = model(**batch).logits
-        trunk.start(2)
-        torch.testing.assert_close(model(**batch).logits, plain)
+    assert_sharing_two_layers_changes_no_logit(model, batch)
 
 
 @pytest.mark.parametrize("rows", (1, 2, 3))
@@ -462,11 +462,7 @@ def test_alibi_with_as_many_heads_as_rows(rows):
     config = tf.MptConfig(vocab_size=VOCAB, d_model=16, n_layers=3, n_heads=4, max_seq_len=64, pad_token_id=0)
     model = tf.MptForSequenceClassification(config).eval()
     batch = repeat_batch(make_batch(model, rows), 2)
-    trunk = SharedTrunk(model, 2)
-    with torch.no_grad():
-        plain = model(**batch).logits
-        trunk.start(2)
-        torch.testing.assert_close(model(**batch).logits, plain)
+    assert_sharing_two_layers_changes_no_logit(model, batch)
 
 
 def test_multiple_choice_has_a_row_for_each_choice():
