@@ -1,5 +1,6 @@
 """R-Drop (regularized dropout) for Hugging Face Transformers."""
 
+from .consistency import Consistency, measure_consistency
 from .dropout import inspect_dropout, set_dropout
 from .loss import RDropLoss
 from .trainer import RDropMixin, RDropSeq2SeqTrainer, RDropTrainer
@@ -7,6 +8,7 @@ from .training_args import RDropArguments, RDropSeq2SeqTrainingArguments, RDropT
 from .version import __version__
 
 __all__ = [
+    "Consistency",
     "RDropArguments",
     "RDropLoss",
     "RDropMixin",
@@ -16,5 +18,6 @@ __all__ = [
     "RDropTrainingArguments",
     "__version__",
     "inspect_dropout",
+    "measure_consistency",
     "set_dropout",
 ]

@@ -130,6 +130,7 @@ class RDropMixin(_AnyTrainer):
 
     def _begin_training(self) -> None:
         """Refuse what cannot work, with a reason, before the first step; forget an interrupted run."""
+        self._apply_dropout(self.model)  # a hyper-parameter search sets the rate after it has made the model
         self._log = LossLog(self.state.global_step)
         if self._economies is not None:
             self._economies.remove()

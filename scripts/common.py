@@ -16,6 +16,7 @@ from transformers import HfArgumentParser, TrainingArguments, set_seed
 LAST_RESULT_FILE = "all_results.json"  # written after everything else: only a finished run has it
 RESULT_FILES = (
     *("train_results.json", "eval_results.json", "predict_results.json", "trainer_state.json"),
+    "consistency.json",
     *("predict_results*.txt", "predictions.txt", "generated_predictions.txt"),
 )
 

@@ -1,137 +1,180 @@
-"""What came out of a comparison: one table, one JSON file, one plot."""
+"""What came out of a comparison, as text: markdown, a table for the terminal, JSON."""
 
-import statistics
+import dataclasses
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+from comparison_rows import AVERAGE, Report, points, trial_scores
+from comparison_statistics import MIN_SEEDS, SIGNIFICANT
+from comparison_tables import (
+    NOTHING,
+    control_table,
+    cost_table,
+    gain,
+    metrics_of,
+    number_cell,
+    p_cell,
+    plain,
+    secondary_tables,
+    seed_table,
+    short_name,
+    spread,
+    summary,
+    table_lines,
+    task_table,
+)
 from rich import box
 from rich.table import Table
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
-BASELINE = "baseline"
-# Okabe and Ito's colours, which people with colour blindness can tell apart.
-COLOURS = ("#999999", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One arm on one task beside the baseline; differences and ratios are paired by seed."""
-
-    task: str
-    metric: str
-    arm: str
-    seeds: list[int]
-    baseline: list[float]
-    scores: list[float]
-    seconds_ratio: float
-
-    @property
-    def gains(self) -> list[float]:
-        return [score - base for score, base in zip(self.scores, self.baseline, strict=True)]
-
-
-def make_rows(
-    results: Mapping[tuple[str, str, int], Mapping[str, float]], metrics: Mapping[str, str], arms: Sequence[str]
-) -> list[Row]:
-    """Rows of the table from the finished runs.
+def markdown(
+    report: Report,
+    about: Mapping[str, Any],
+    choices: Mapping[tuple[str, str], Mapping[str, Any]],
+    failed: Mapping[str, str],
+    plots: Sequence[Path] = (),
+) -> str:
+    """The report, comparison.md.
 
     Args:
-        results: metrics of each finished run by task, arm and seed.
-        metrics: name of the metric by task; values from 0 to 1 are shown in per cent.
-        arms: the arms beside the baseline.
+        report: the figures.
+        about: what was compared (data, model, settings, versions, ...): a line for each entry.
+        choices: settings by task and arm with the trials that they were chosen from.
+        failed: reason by name of the run.
+        plots: pictures in the same folder as the report.
     """
-    rows = []
-    for task, metric in metrics.items():
-        scale = 1 if metric.endswith(("bleu", "chrf", "score")) else 100
-        for arm in arms:
-            seeds = [s for t, a, s in results if (t, a) == (task, arm) and (task, BASELINE, s) in results]
-            if not seeds:
-                continue
-            pairs = [(results[task, BASELINE, seed], results[task, arm, seed]) for seed in seeds]
-            ratio = statistics.median(b["train_runtime"] / a["train_runtime"] for a, b in pairs)
-            base, ours = ([scale * run[metric] for run in runs] for runs in zip(*pairs, strict=True))
-            rows.append(Row(task, metric, arm, seeds, base, ours, ratio))
-    return rows
-
-
-def markdown_table(rows: Sequence[Row]) -> str:
-    """A markdown table: mean ± standard deviation over seeds, paired gain, cost."""
-    lines = [
-        "| task | metric | baseline | arm | arm's score | gain | time ratio | seeds |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    parts = [
+        ["# Comparison"],
+        [f"- {name}: {plain(value)}" for name, value in about.items()],
+        [line for path in plots for line in (f"![{path.stem}]({path.name})", "")][:-1],
+        summary(report),
+        *(task_table(report, task) for task in report.tables),
+        control_table(report),
+        cost_table(report),
+        seed_table(report),
+        secondary_tables(report),
+        _choice_table(report, choices),
+        _failures(report, failed),
+        _how_to_read(report),
     ]
-    for row in rows:
-        lines.append(
-            f"| {row.task} | {row.metric.removeprefix('eval_')} | {_spread(row.baseline)} | {row.arm} | "
-            f"{_spread(row.scores)} | {_spread(row.gains, sign='+')} | {row.seconds_ratio:.2f}x | {len(row.seeds)} |"
+    return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
+
+
+# ---- Sections ----
+
+
+def _choice_table(report: Report, choices: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[str]:
+    names = list(dict.fromkeys(name for choice in choices.values() for name in choice["settings"]))
+    if not names:
+        return []
+    metrics = metrics_of(report)
+    rows = []
+    budgets: dict[str, set[int]] = {}
+    for (task, arm), choice in choices.items():
+        trials = choice.get("trials", ())
+        scores = [score for settings, score in trial_scores(trials) if settings == choice["settings"]]
+        score = points(metrics[task]) * scores[0] if scores and task in metrics else None
+        if source := choice.get("taken_from"):
+            budget = f"as {source}"
+        else:
+            budgets.setdefault(task, set()).add(len(trials))
+            budget = str(len(trials))
+        values = [plain(choice["settings"].get(name, NOTHING)) for name in names]
+        rows.append([task, arm, *values, budget, number_cell(score, ".2f")])
+    note = "Nothing was tuned: these were given."
+    if any(max(numbers) > 0 for numbers in budgets.values()):
+        uneven = [task for task, numbers in budgets.items() if len(numbers) > 1]
+        note = (
+            "Chosen by the score on a split of the training data, never on the data that the tables above are about. "
+            "`trials`: the runs that this took. "
         )
-    return "\n".join(lines) + "\n"
+        note += (
+            f"The arms did not have the same number on {', '.join(uneven)}." if uneven else "Every arm had as many."
+        )
+    return ["## Settings", "", note, "", *table_lines(["task", "arm", *names, "trials", "score there"], rows)]
 
 
-def terminal_table(rows: Sequence[Row]) -> Table:
-    """The same table for a terminal of 80 columns."""
-    seeds = sorted({len(row.seeds) for row in rows})
-    table = Table(
-        box=box.SIMPLE_HEAD, title=f"mean ± std over {'-'.join(map(str, seeds))} seeds, gains paired by seed"
+def _failures(report: Report, failed: Mapping[str, str]) -> list[str]:
+    lines = [f"- {name}: the score is {score}; no figure contains it." for name, score in report.without_score.items()]
+    for name, reason in failed.items():
+        lines += [f"- {name}:", "", *(f"      {line}".rstrip() for line in reason.splitlines()), ""]
+    if not lines:
+        return []
+    note = (
+        "They are missing above. If the runs of an arm fail more often than others, the rest of it may look too good."
     )
-    for name in ("task", "baseline", "arm", "score", "gain", "time"):
+    return ["## Runs that failed", "", note, "", *lines]
+
+
+def _how_to_read(report: Report) -> list[str]:
+    numbers = sorted({len(row.scores) for row in report.rows})
+    if not numbers:
+        return []
+    few = numbers[0]
+    lines = [
+        f"- {_range(numbers)} seeds for each task and arm. A gain is the mean of the differences to the run of the "
+        "baseline with the same seed (the same data order, and the same initial weights where they are drawn). Losses "
+        "are shown like gains.",
+        "- The interval (bootstrap, BCa, 95%) says how the mean would vary with other seeds, on this validation set "
+        "and these settings. It does not contain what another validation set or another choice of settings would "
+        f"change. It needs {MIN_SEEDS} seeds and differences that are not all equal.",
+    ]
+    if MIN_SEEDS <= few <= 5:
+        lines.append(
+            f"- It cannot go beyond the differences seen: with {few} seeds at most {100 - 200 / 2**few:.3g}% of such "
+            "intervals contain the true mean, if differences are spread evenly around it, and not 95%."
+        )
+    lines += [
+        "- `p`: paired t-test. `p (Holm)`: corrected for the arms of the table, bold below 0.05; not for the number "
+        f"of tables. With {few} seeds a gain that is not marked may still be real.",
+        "- `beats baseline`: the probability that a run of the arm scores higher than one of the baseline, ties half "
+        "(50% is no difference).",
+    ]
+    return ["## How to read this", "", *lines]
+
+
+def _range(numbers: Sequence[int]) -> str:
+    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
+
+
+# ---- Other forms ----
+
+
+def terminal_table(report: Report) -> Table:
+    """Scores and gains for a terminal of 80 columns."""
+    numbers = sorted({len(row.scores) for row in report.rows})
+    title = f"mean ± std over {_range(numbers)} seeds; gain over the baseline, paired" if numbers else "no score"
+    table = Table(box=box.SIMPLE_HEAD, title=title, padding=(0, 1, 0, 0))
+    table.add_column("arm", overflow="fold")
+    for name in ("score", "gain [95%]", "p (Holm)", "time"):
         table.add_column(name, no_wrap=True)
-    for row in rows:
-        task = f"{row.task}\n  {row.metric.removeprefix('eval_')}"
-        spreads = _spread(row.baseline), row.arm, _spread(row.scores), _spread(row.gains, "+")
-        table.add_row(task, *spreads, f"{row.seconds_ratio:.2f}x")
+    for task, metric in metrics_of(report).items():
+        table.add_row(f"[bold]{task}[/bold]", "", "" if task == AVERAGE else f"[dim]{short_name(metric)}[/dim]")
+        for row in report.of_task(task).values():
+            test = p_cell(row.gain.holm) if row.gain else ""
+            table.add_row(
+                f" {row.arm}",
+                spread(row),
+                gain(row.gain).replace("[", r"\[") if row.gain else "",
+                f"{test} *" if row.gain and row.gain.holm is not None and row.gain.holm < SIGNIFICANT else test,
+                number_cell(row.cost.time, ".2f", "x"),
+            )
+        table.add_section()
     return table
 
 
-def _spread(values: Sequence[float], sign: str = "") -> str:
-    mean = f"{statistics.fmean(values):{sign}.2f}"
-    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
+def as_json(report: Report) -> dict[str, Any]:
+    """Every figure of the report; nan and infinity, which JSON does not have, as text."""
+    return _json(dataclasses.asdict(report))
 
 
-def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The rows with every figure behind them."""
-    return [
-        {
-            "task": row.task,
-            "metric": row.metric,
-            "arm": row.arm,
-            "seeds": row.seeds,
-            "baseline_scores": row.baseline,
-            "scores": row.scores,
-            "gains": row.gains,
-            "mean_gain": statistics.fmean(row.gains),
-            "train_seconds_ratio": row.seconds_ratio,
-        }
-        for row in rows
-    ]
-
-
-def plot(rows: Sequence[Row], path: Path) -> None:
-    """One panel a task: every seed as a point, lines joining the same seed, bars at the means."""
-    tasks = list(dict.fromkeys(row.task for row in rows))
-    figure, axes = plt.subplots(1, len(tasks), figsize=(3.2 * len(tasks) + 0.8, 3.6), squeeze=False, dpi=150)
-    for axis, task in zip(axes[0], tasks, strict=True):
-        of_task = [row for row in rows if row.task == task]
-        arms = [(BASELINE, of_task[0].baseline), *((row.arm, row.scores) for row in of_task)]
-        for row, x in zip(of_task, range(1, len(arms)), strict=True):
-            for base, score in zip(row.baseline, row.scores, strict=True):
-                axis.plot((0, x), (base, score), color="#cccccc", linewidth=0.8, zorder=1)
-        for x, (_, scores) in enumerate(arms):
-            colour = COLOURS[x % len(COLOURS)]
-            axis.scatter([x] * len(scores), scores, s=26, color=colour, zorder=3, edgecolor="white", linewidth=0.6)
-            axis.hlines(statistics.fmean(scores), x - 0.22, x + 0.22, color=colour, linewidth=2.4, zorder=2)
-        gains = "\n".join(f"{row.arm}: {_spread(row.gains, '+')}, {row.seconds_ratio:.2f}x time" for row in of_task)
-        axis.set_title(f"{task}\n{gains}", fontsize=9)
-        axis.set_xticks(range(len(arms)), [name for name, _ in arms])
-        axis.set_xlim(-0.6, len(arms) - 0.4)
-        axis.set_ylabel(of_task[0].metric.removeprefix("eval_").replace("_", " "))
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(axis="y", color="#eeeeee", zorder=0)
-    figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)
+def _json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _json(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value

@@ -37,8 +37,27 @@ class DataArguments:
     validation_file: str | None = field(default=None, metadata={"help": "Validation data, in the same formats."})
     test_file: str | None = field(default=None, metadata={"help": "Data to predict; labels may be missing or -1."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first N training rows."})
+    sample_seed: int | None = field(
+        default=None, metadata={"help": "Draw the --max_train_samples rows at random with this seed instead."}
+    )
+    validation_from_train: float | None = field(
+        default=None,
+        metadata={
+            "help": "Hold out this share of the training rows, always the same ones, and validate on them instead of "
+            "on the validation data: for choosing hyper-parameters."
+        },
+    )
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first N validation rows."})
     max_predict_samples: int | None = field(default=None, metadata={"help": "Predict only the first N test rows."})
+    consistency_samples: int = field(
+        default=0,
+        metadata={
+            "help": "Draw N sub-models by dropout on the validation data, and compare dropout off with them and with "
+            "their ensemble: eval_consistency_* (KL divergences in nats: kl_between sub-models, kl_to_off from them "
+            "to dropout off, kl_ensemble from their ensemble to it; of each score: _off, _sub and _std over "
+            "sub-models, _ensemble) and consistency.json with the curves over 1 to N. 0: not measured."
+        },
+    )
     preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes for the tokenization."})
     overwrite_cache: bool = field(default=False, metadata={"help": "Redo the tokenization of a cached data set."})
     pad_to_max_length: bool = field(
@@ -53,14 +72,44 @@ class DataArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} must be at least 1, got {value}: leave it out to use everything.")
+        if self.consistency_samples < 0 or self.consistency_samples == 1:
+            raise ValueError(
+                f"--consistency_samples must be 0 or at least 2, as sub-models are compared with each other; got "
+                f"{self.consistency_samples}."
+            )
+        if self.sample_seed is not None and (self.max_train_samples is None or self.sample_seed < 0):
+            raise ValueError("--sample_seed draws --max_train_samples rows: give that too, and a seed of at least 0.")
+        if self.validation_from_train is not None and not 0 < self.validation_from_train < 1:
+            raise ValueError(
+                f"--validation_from_train must be between 0 and 1, the share of training rows to hold out; got "
+                f"{self.validation_from_train}."
+            )
         if self.dataset_name and any(getattr(self, name) for name in FILE_ARGUMENTS.values()):
             raise ValueError("--dataset_name and files were both given: it is unclear which to use. Give one of them.")
 
-    def truncate(self, dataset: Dataset, split: str) -> Dataset:
-        """The first rows of a split, as --max_*_samples says."""
-        name = {"train": "max_train_samples", "test": "max_predict_samples"}.get(split.split("_")[0])
-        limit = getattr(self, name or "max_eval_samples")
-        return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
+    def choose_rows(self, splits: dict[str, Dataset]) -> dict[str, Dataset]:
+        """The rows of each split that the run uses, as --max_*_samples and --validation_from_train say."""
+        chosen = {}
+        for split, dataset in splits.items():
+            name = {"train": "max_train_samples", "test": "max_predict_samples"}.get(split.split("_")[0])
+            limit = getattr(self, name or "max_eval_samples")
+            if limit is not None:
+                if split == "train" and self.sample_seed is not None:
+                    dataset = dataset.shuffle(seed=self.sample_seed)
+                dataset = dataset.select(range(min(limit, len(dataset))))
+            chosen[split] = dataset
+        if self.validation_from_train is not None:
+            rows = len(chosen["train"])
+            held_out = round(rows * self.validation_from_train)
+            if not 0 < held_out < rows:
+                raise ValueError(
+                    f"--validation_from_train {self.validation_from_train} of {rows} training rows leaves no row on "
+                    "one of the sides: give more rows or another share."
+                )
+            parts = chosen["train"].train_test_split(test_size=held_out, seed=0)
+            others = {split: dataset for split, dataset in chosen.items() if split != "train"}
+            chosen = {"train": parts["train"], "validation": parts["test"], **others}
+        return chosen
 
 
 def load_splits(data_args: DataArguments, model_args: Any, splits: Iterable[str]) -> dict[str, Dataset]:
@@ -69,6 +118,10 @@ def load_splits(data_args: DataArguments, model_args: Any, splits: Iterable[str]
     Raises:
         ValueError: a split has no source, a file cannot be read or is empty, or the data set cannot be loaded.
     """
+    if data_args.validation_from_train is not None:
+        splits = [split for split in splits if not split.startswith("validation")]
+        if "train" not in splits:
+            raise ValueError("--validation_from_train holds out training rows: it needs --do_train.")
     if data_args.dataset_name:
         return _load_from_hub(data_args, model_args, splits)
     loaded = {}

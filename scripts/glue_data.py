@@ -10,8 +10,10 @@ from data_files import DataArguments, check_text, closest, load_splits, require_
 from datasets import Dataset
 from labels import MULTI, REGRESSION, SINGLE, Labels, feature_names, follow_model, infer_labels, labels_of_model
 from model_loading import ModelArguments
+from scipy.special import softmax
+from transformers import EvalPrediction
 
-from hf_rdrop.metrics import Glue, SequenceClassification
+from hf_rdrop.metrics import Calibration, Glue, SequenceClassification
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +55,13 @@ class GlueArguments(DataArguments):
         default=None,
         metadata={"help": "Use the metric of this GLUE task. Default: the task's, or several that fit the labels."},
     )
+    label_noise: float = field(
+        default=0.0,
+        metadata={
+            "help": "Give this share of the training rows, drawn with --seed, a wrong class: to see how much a method "
+            "suffers from wrong labels. Validation and test keep theirs."
+        },
+    )
     max_seq_length: int = field(default=128, metadata={"help": "Longest input in tokens; longer ones are cut."})
 
     def __post_init__(self) -> None:
@@ -69,6 +78,8 @@ class GlueArguments(DataArguments):
             raise ValueError("no data: give --task_name, --dataset_name, or --train_file and --validation_file.")
         if self.text_columns and len(self.text_columns) > 2:
             raise ValueError(f"--text_columns takes one column, or two for pairs; got {', '.join(self.text_columns)}.")
+        if not 0 <= self.label_noise <= 1:
+            raise ValueError(f"--label_noise is a share of the rows, from 0 to 1; got {self.label_noise}.")
         if self.max_seq_length < 3:
             raise ValueError(f"--max_seq_length must be at least 3, got {self.max_seq_length}.")
 
@@ -129,6 +140,16 @@ def read_targets(splits: dict[str, Dataset], labels: Labels, data_args: GlueArgu
     return targets
 
 
+def flip_labels(targets: list[int], labels: Labels, share: float, seed: int) -> list[int]:
+    """The targets with this share of them, rounded, replaced by another class, all others equally likely."""
+    if labels.problem_type != SINGLE:
+        raise ValueError(f"--label_noise flips classes, and has no meaning for {labels.problem_type}: leave it out.")
+    random, flipped = np.random.default_rng(seed), np.asarray(targets)
+    rows = random.choice(len(flipped), size=round(share * len(flipped)), replace=False)
+    flipped[rows] = (flipped[rows] + random.integers(1, len(labels.names), size=len(rows))) % len(labels.names)
+    return flipped.tolist()
+
+
 def tokenize(
     dataset: Dataset,
     split: str,
@@ -173,6 +194,15 @@ def build_metric(data_args: GlueArguments, labels: Labels) -> Callable[[Any, Any
         return scores
 
     return compute
+
+
+def score(p: EvalPrediction, labels: Labels, compute: Callable[[Any, Any], dict[str, float]]) -> dict[str, float]:
+    """The task's metrics and, for classes, how far the probabilities can be believed."""
+    metrics = compute(predict_labels(p.predictions, labels), p.label_ids)
+    if labels.problem_type == SINGLE:
+        probabilities = softmax(p.predictions.astype(np.float64), axis=-1)
+        metrics |= Calibration().compute(predictions=probabilities, references=p.label_ids)
+    return metrics
 
 
 def format_predictions(predictions: np.ndarray, labels: Labels) -> str:

@@ -9,6 +9,7 @@
 --rdrop_alpha 0 trains the baseline: the same trainer, data order and arguments, without the second pass.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from common import cli, parse_arguments, start_run
@@ -17,16 +18,18 @@ from glue_data import (
     build_metric,
     choose_labels,
     choose_text_columns,
+    flip_labels,
     format_predictions,
     load_data,
     predict_labels,
     read_targets,
+    score,
     tokenize,
 )
 from labels import SINGLE
 from model_loading import ModelArguments, fit_length, hub_name, load_config, load_model, load_tokenizer
 from script_trainer import ScriptMixin, padding_multiple
-from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer
 
 from hf_rdrop import RDropTrainer, RDropTrainingArguments
 
@@ -35,8 +38,13 @@ class GlueTrainer(ScriptMixin, RDropTrainer):
     """`RDropTrainer` with what the scripts add around training."""
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Run the script with these arguments; returns the metrics."""
+def main(
+    argv: list[str] | None = None, use_trainer: Callable[[Trainer], dict[str, Any]] | None = None
+) -> dict[str, Any]:
+    """Run the script with these arguments; returns the metrics.
+
+    With `use_trainer`, the trainer is handed to it instead of being trained and evaluated here (sweep.py).
+    """
     model_args, data_args, training_args = parse_arguments(
         (ModelArguments, GlueArguments, RDropTrainingArguments), argv, __doc__
     )
@@ -52,8 +60,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     columns = choose_text_columns(data_args, splits)
     config = load_config(model_args)
     labels = choose_labels(data_args, splits, config)
-    splits = {name: data_args.truncate(split, name) for name, split in splits.items()}
+    splits = data_args.choose_rows(splits)
     targets = read_targets(splits, labels, data_args)
+    if data_args.label_noise and training_args.do_train:
+        targets["train"] = flip_labels(targets["train"], labels, data_args.label_noise, training_args.seed)
     if training_args.label_smoothing_factor and labels.problem_type != SINGLE:
         raise ValueError(f"--label_smoothing_factor has no meaning for {labels.problem_type}: leave it out.")
     compute = build_metric(data_args, labels)
@@ -73,13 +83,17 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     trainer = GlueTrainer(
         model=model,
         args=training_args,
+        consistency_samples=data_args.consistency_samples,
         train_dataset=data.get("train"),
         eval_dataset=next(iter(validation.values()), None),
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=padding_multiple(training_args)),
-        compute_metrics=lambda p: compute(predict_labels(p.predictions, labels), p.label_ids),
+        compute_metrics=lambda p: score(p, labels, compute),
         preprocess_logits_for_metrics=lambda logits, _: logits[0] if isinstance(logits, tuple) else logits,
     )
+
+    if use_trainer is not None:
+        return use_trainer(trainer)
 
     results: dict[str, dict[str, Any]] = {}
     files = {}
@@ -89,6 +103,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         results["eval"] = {}
         for name, dataset in validation.items():
             metrics = {**trainer.evaluate(dataset), "eval_samples": len(dataset)}
+            metrics |= trainer.run_consistency(dataset, compute, name)
             suffix = "_mm" if name.endswith("mismatched") else ""
             results["eval"] |= {f"{key}{suffix}": value for key, value in metrics.items()}
     if training_args.do_predict:

@@ -29,6 +29,7 @@ from glue_data import (
     build_metric,
     choose_labels,
     choose_text_columns,
+    flip_labels,
     load_data,
     predict_labels,
     read_targets,
@@ -81,6 +82,8 @@ class LoopArguments(RDropArguments):
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run the script with these arguments; returns the metrics."""
     model_args, data_args, args = parse_arguments((ModelArguments, GlueArguments, LoopArguments), argv, __doc__)
+    if data_args.consistency_samples:
+        raise ValueError("--consistency_samples is not measured here: give the trained model to consistency.py.")
     AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run in this process may have used bf16
     accelerator = Accelerator(cpu=args.use_cpu, dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True))
     logging.basicConfig(format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", level=logging.WARNING)
@@ -95,8 +98,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     columns = choose_text_columns(data_args, splits)
     config = load_config(model_args)
     labels = choose_labels(data_args, splits, config)
-    splits = {name: data_args.truncate(split, name) for name, split in splits.items()}
+    splits = data_args.choose_rows(splits)
     targets = read_targets(splits, labels, data_args)
+    if data_args.label_noise:
+        targets["train"] = flip_labels(targets["train"], labels, data_args.label_noise, args.seed)
     loss_fn = RDropLoss(args.rdrop_alpha, labels.problem_type, args.label_smoothing_factor)
     passes = args.rdrop_passes if args.rdrop_alpha else 1
     compute = build_metric(data_args, labels)

@@ -10,6 +10,7 @@ Each row holds a list of words (`tokens`) and a list of as many tags (`ner_tags`
 --rdrop_alpha 0 trains the baseline: the same trainer, data order and arguments, without the second pass.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from common import cli, parse_arguments, start_run
@@ -25,7 +26,7 @@ from ner_data import (
     tokenize,
 )
 from script_trainer import ScriptMixin, padding_multiple
-from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification
+from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification, EvalPrediction, Trainer
 
 from hf_rdrop import RDropTrainer, RDropTrainingArguments
 
@@ -34,8 +35,13 @@ class NerTrainer(ScriptMixin, RDropTrainer):
     """`RDropTrainer` with what the scripts add around training."""
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Run the script with these arguments; returns the metrics."""
+def main(
+    argv: list[str] | None = None, use_trainer: Callable[[Trainer], dict[str, Any]] | None = None
+) -> dict[str, Any]:
+    """Run the script with these arguments; returns the metrics.
+
+    With `use_trainer`, the trainer is handed to it instead of being trained and evaluated here (sweep.py).
+    """
     model_args, data_args, training_args = parse_arguments(
         (ModelArguments, NerArguments, RDropTrainingArguments), argv, __doc__
     )
@@ -47,7 +53,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         check_rows(split, name, data_args)
     config = load_config(model_args)
     labels = choose_labels(data_args, splits, config)
-    splits = {name: data_args.truncate(split, name) for name, split in splits.items()}
+    splits = data_args.choose_rows(splits)
     targets = {name: read_targets(split, name, labels, data_args) for name, split in splits.items()}
     config.update(labels.config_changes())
     config.problem_type = None  # for heads of sequences only
@@ -65,6 +71,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     trainer = NerTrainer(
         model=model,
         args=training_args,
+        consistency_samples=data_args.consistency_samples,
         train_dataset=data.get("train"),
         eval_dataset=data.get("validation"),
         processing_class=tokenizer,
@@ -77,12 +84,18 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         ),  # [rows, tokens] instead of [rows, tokens, tags] to keep
     )
 
+    if use_trainer is not None:
+        return use_trainer(trainer)
+
     results: dict[str, dict[str, Any]] = {}
     files = {}
     if training_args.do_train:
         results["train"] = trainer.run_training(checkpoint)
     if training_args.do_eval:
         results["eval"] = {**trainer.evaluate(), "eval_samples": len(data["validation"])}
+        results["eval"] |= trainer.run_consistency(
+            data["validation"], lambda *pair: compute_metrics(EvalPrediction(*pair), labels, data_args)
+        )
     if training_args.do_predict:
         output = trainer.predict(data["test"], metric_key_prefix="predict")
         results["predict"] = {**output.metrics, "predict_samples": len(data["test"])}

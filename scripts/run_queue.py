@@ -23,7 +23,10 @@ RUN_FILE = "run.json"  # beside a run's output folder: what was started there
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: a script of this folder with its arguments, for one task, arm and seed."""
+    """One training run: a script of this folder with its arguments, for one task, arm and seed.
+
+    $VARIABLES in the arguments are replaced when the run starts, so that results can be told without local paths.
+    """
 
     task: str
     arm: str
@@ -43,15 +46,43 @@ class Run:
     @property
     def command(self) -> list[str]:
         fixed = ["--seed", str(self.seed), "--output_dir", str(self.output)]
-        return [sys.executable, str(SCRIPTS / self.script), *self.arguments, *fixed]
+        return [sys.executable, str(SCRIPTS / self.script), *map(os.path.expandvars, self.arguments), *fixed]
+
+    def check(self) -> None:
+        """Refuse to mix with another run.
+
+        Raises:
+            ValueError: the folder holds a run with other arguments.
+        """
+        started = read_json(self.folder / RUN_FILE).get("command")
+        if started is not None and started[1:] != self.command[2:]:  # without the path of the script
+            raise ValueError(
+                f"{self.folder} holds a run with other arguments, which would be mixed with this comparison's. Give "
+                "the arguments it was started with, or choose another --output_dir."
+            )
 
     def results(self) -> dict[str, Any]:
         """The metrics of the finished run, or nothing while there are none."""
         return read_json(self.output / LAST_RESULT_FILE)
 
+    def history(self) -> list[dict[str, Any]]:
+        """The finished run's log lines of training steps."""
+        lines = read_json(self.output / "trainer_state.json").get("log_history", [])
+        return [line for line in lines if "loss" in line]
+
+    def drop_weights(self) -> None:
+        """Delete the finished run's model: the figures are what a comparison is for, and the models many."""
+        for pattern in ("*.safetensors", "*.bin", "*.safetensors.index.json"):
+            for file in self.output.glob(pattern):
+                file.unlink()
+
 
 def run_all(
-    runs: Sequence[Run], jobs: int, describe: Callable[[Run], str], console: Console | None = None
+    runs: Sequence[Run],
+    jobs: int,
+    describe: Callable[[Run], str],
+    console: Console | None = None,
+    keep_models: bool = False,
 ) -> dict[Run, str]:
     """Run what has not finished yet; returns the reason of each run that failed.
 
@@ -62,6 +93,7 @@ def run_all(
         jobs: how many at once; the cores are divided among them.
         describe: a line about a finished run.
         console: where to show progress.
+        keep_models: whether to keep the trained weights of finished runs.
     """
     failed: dict[Run, str] = {}
     processes: set[subprocess.Popen] = set()
@@ -77,6 +109,8 @@ def run_all(
                     run = futures[future]
                     if (reason := future.result()) is not None:
                         failed[run] = reason
+                    elif not keep_models:
+                        run.drop_weights()
                     progress.console.print(f"{run.name}: {'FAILED' if reason else describe(run)}", highlight=False)
                     progress.advance(bar)
             except BaseException:

@@ -14,13 +14,14 @@ the plain reference texts (for summaries too: ROUGE's implementations fetch data
 """
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from common import cli, parse_arguments, start_run
 from data_files import load_splits
 from model_loading import ModelArguments, fit_length, hub_name, load_config, load_model, load_tokenizer, set_languages
 from script_trainer import ScriptMixin, padding_multiple
-from transformers import AutoModelForSeq2SeqLM
+from transformers import AutoModelForSeq2SeqLM, Trainer
 from translation_data import PairCollator, TranslationArguments, bleu_against, decode, read_pairs, tokenize
 
 from hf_rdrop import RDropSeq2SeqTrainer, RDropSeq2SeqTrainingArguments
@@ -32,8 +33,13 @@ class TranslationTrainer(ScriptMixin, RDropSeq2SeqTrainer):
     """`RDropSeq2SeqTrainer` with what the scripts add around training."""
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Run the script with these arguments; returns the metrics."""
+def main(
+    argv: list[str] | None = None, use_trainer: Callable[[Trainer], dict[str, Any]] | None = None
+) -> dict[str, Any]:
+    """Run the script with these arguments; returns the metrics.
+
+    With `use_trainer`, the trainer is handed to it instead of being trained and evaluated here (sweep.py).
+    """
     model_args, data_args, training_args = parse_arguments(
         (ModelArguments, TranslationArguments, RDropSeq2SeqTrainingArguments), argv, __doc__
     )
@@ -43,6 +49,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     wanted = {"train": training_args.do_train, "validation": training_args.do_eval, "test": training_args.do_predict}
     splits = load_splits(data_args, model_args, [split for split, is_wanted in wanted.items() if is_wanted])
+    splits = data_args.choose_rows(splits)
     pairs = {name: read_pairs(split, name, data_args) for name, split in splits.items()}
     config = load_config(model_args)
     tokenizer = load_tokenizer(model_args, config)
@@ -77,6 +84,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     trainer = TranslationTrainer(
         model=model,
         args=training_args,
+        consistency_samples=data_args.consistency_samples,
         train_dataset=data.get("train"),
         eval_dataset=data.get("validation"),
         processing_class=tokenizer,
@@ -89,12 +97,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         compute_metrics=scorers.get("validation"),
     )
 
+    if use_trainer is not None:
+        return use_trainer(trainer)
+
     results: dict[str, dict[str, Any]] = {}
     files = {}
     if training_args.do_train:
         results["train"] = trainer.run_training(checkpoint)
     if training_args.do_eval:
         results["eval"] = {**trainer.evaluate(), "eval_samples": len(data["validation"])}
+        results["eval"] |= trainer.run_consistency(data["validation"])
     if training_args.do_predict:
         trainer.compute_metrics = scorers.get("test")
         output = trainer.predict(data["test"], metric_key_prefix="predict")

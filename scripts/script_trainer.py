@@ -1,5 +1,7 @@
 """What the scripts add to the Trainer: data order, refusals that leave no trace, results that are whole."""
 
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,14 @@ from torch.utils.data import Sampler
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from hf_rdrop import measure_consistency
 from hf_rdrop.checks import check_training_setup
+from hf_rdrop.consistency import check_measurable
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 
 def padding_multiple(args: TrainingArguments) -> int | None:
@@ -46,17 +55,32 @@ class ScriptMixin:
     - Evaluation and prediction keep the order of the rows (length grouping would reorder predictions as well), and
       drop the rows that fill up the last batch when there are several processes.
     - What cannot work is refused before the first step, without leaving an output folder behind.
+    - With `consistency_samples`, dropout off is compared with so many sub-models (`run_consistency`).
     """
 
-    def __init__(self, *, args: TrainingArguments, **kwargs: Any) -> None:
+    def __init__(self, *, args: TrainingArguments, consistency_samples: int = 0, **kwargs: Any) -> None:
         self._own_folder = not Path(args.output_dir).exists()
+        self.consistency_samples, self.consistency = consistency_samples, {}
         try:
             super().__init__(args=args, **kwargs)
             if args.do_train:
                 check_training_setup(self)
+            if consistency_samples:
+                self._check_consistency()
         except Exception:
             self._leave_nothing_behind(args)
             raise
+
+    def _check_consistency(self) -> None:
+        if not self.args.do_eval:
+            raise ValueError("--consistency_samples measures on the validation data: give --do_eval too.")
+        if self.args.world_size > 1:
+            raise ValueError(
+                f"--consistency_samples was given to {self.args.world_size} processes, each of which would see a part "
+                "of the validation data only. Leave it out, and measure the saved model in one process: with "
+                "--do_eval alone, or with consistency.py."
+            )
+        check_measurable(self.model, self.consistency_samples)
 
     def _leave_nothing_behind(self, args: TrainingArguments) -> None:
         folder = Path(args.output_dir)
@@ -89,6 +113,9 @@ class ScriptMixin:
         """Train, save the model, and return the training metrics."""
         progress = _RunProgress()
         self.add_callback(progress)
+        if on_gpu := self.args.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        started = time.process_time()
         try:
             metrics = self.train(resume_from_checkpoint=checkpoint).metrics
         except Exception as error:
@@ -100,8 +127,37 @@ class ScriptMixin:
             if not progress.stepped:
                 self._leave_nothing_behind(self.args)
             raise
+        # Processor seconds tell what a run costs also where other processes slow it down. On a CPU the peak is that of
+        # the whole process.
+        cost = {"train_cpu_seconds": time.process_time() - started}
+        if on_gpu:
+            cost["train_peak_memory_mib"] = torch.cuda.max_memory_allocated() / 2**20
+        elif resource is not None:
+            unit = 2**20 if sys.platform == "darwin" else 2**10
+            cost["train_peak_memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
         self.save_model()
-        return {**metrics, "train_samples": len(self.train_dataset)}
+        return {**metrics, **cost, "train_samples": len(self.train_dataset)}
+
+    def run_consistency(self, dataset: Any, compute_metrics: Any = None, name: str = "validation") -> dict[str, float]:
+        """Metrics `eval_consistency_*` of the model on a data set; nothing unless `consistency_samples` are wanted.
+
+        Args:
+            dataset: rows with labels.
+            compute_metrics: further scores, as `hf_rdrop.measure_consistency` takes them.
+            name: of the data set in consistency.json, which `finish` writes.
+        """
+        if not self.consistency_samples:
+            return {}
+        with self.accelerator.autocast():
+            found = measure_consistency(
+                self.model,
+                self.get_eval_dataloader(dataset),
+                self.consistency_samples,
+                seed=self.args.seed,
+                compute_metrics=compute_metrics,
+            )
+        self.consistency[name] = found.to_dict()
+        return found.metrics("eval_consistency")
 
     def finish(
         self, results: dict[str, dict[str, Any]], files: dict[str, str] | None = None, **card: Any
@@ -123,6 +179,8 @@ class ScriptMixin:
         if self.is_world_process_zero():
             for name, text in (files or {}).items():
                 write_file(folder / name, text)
+            if self.consistency:
+                write_json(folder / "consistency.json", self.consistency)
             for split, metrics in results.items():
                 write_json(folder / f"{split}_results.json", metrics)
             if self.args.do_train:

@@ -69,7 +69,6 @@ def read_pairs(dataset: Dataset, split: str, data_args: TranslationArguments) ->
     Raises:
         ValueError: a column, a language or a text is missing; names the row.
     """
-    dataset = data_args.truncate(dataset, split)
     names = (data_args.source_lang, data_args.target_lang)
     if data_args.text_column is not None:
         names = (data_args.text_column, data_args.summary_column)

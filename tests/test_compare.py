@@ -1,6 +1,5 @@
 """compare.py and what it is made of: the queue of runs, the statistics, the report."""
 
-import io
 import json
 import os
 import signal
@@ -11,9 +10,11 @@ from pathlib import Path
 
 import compare
 import pytest
-from comparison_report import as_json, make_rows, markdown_table, plot, terminal_table
-from rich.console import Console
-from run_queue import SCRIPTS, Run, check_same_comparison, run_all
+from comparison_arms import BUILT_IN, Task, candidates, make_arms, run_arguments, split_line
+from comparison_config import parse
+from comparison_results import check_folder, take_runs
+from comparison_tuning import choose, plan_trials
+from run_queue import SCRIPTS, Run, run_all
 
 # A stand-in for a training script: writes its arguments as results, or fails.
 SCRIPT = """
@@ -24,6 +25,8 @@ out.mkdir(parents=True)  # fails if a killed run's folder is still there
 if args.get("--fail") == args["--seed"]:
     sys.exit("error: no such file")
 time.sleep(float(args.get("--sleep", 0)))
+if "--weights" in args:
+    (out / "model.safetensors").touch()
 (out / "all_results.json").write_text(json.dumps({"eval_f1": float(args["--value"]), "train_runtime": 2.0}))
 """
 
@@ -82,66 +85,230 @@ def _command_line(pid):
         return ""
 
 
+def test_finished_models_are_dropped_unless_they_are_to_be_kept(script, tmp_path):
+    runs = [make_run(script, tmp_path / "runs", seed, "--weights", "yes") for seed in (1, 2)]
+    run_all(runs[:1], 1, lambda run: "")
+    run_all(runs[1:], 1, lambda run: "", keep_models=True)
+    assert [(run.output / "model.safetensors").exists() for run in runs] == [False, True]
+
+
+def test_a_run_with_other_arguments_is_not_mixed_in(script, tmp_path):
+    run_all([make_run(script, tmp_path / "runs", 1)], 1, lambda run: "")
+    make_run(script, tmp_path / "runs", 1).check()
+    with pytest.raises(ValueError, match="other arguments"):
+        make_run(script, tmp_path / "runs", 1, "--learning_rate", "1").check()
+
+
+def test_variables_are_replaced_when_a_run_starts(monkeypatch, tmp_path):
+    monkeypatch.setenv("WHERE", "/somewhere")
+    run = Run("task", "arm", 0, "run_ner.py", ("--train_file", "$WHERE/train.csv"), tmp_path)
+    assert "/somewhere/train.csv" in run.command and run.arguments[1] == "$WHERE/train.csv"
+    assert split_line("--train_file '${WHERE}/a b.csv'") == ["--train_file", "${WHERE}/a b.csv"]
+    with pytest.raises(ValueError, match="is not set"):
+        split_line("--train_file $NOWHERE_AT_ALL/train.csv")
+
+
 def test_a_folder_holds_one_comparison(tmp_path):
-    check_same_comparison(tmp_path / "new", {"seeds": (0, 1)})
-    check_same_comparison(tmp_path / "new", {"seeds": (0, 1)})
-    with pytest.raises(ValueError, match="holds another comparison"):
-        check_same_comparison(tmp_path / "new", {"seeds": (0, 1, 2)})
+    check_folder(tmp_path / "new")
+    check_folder(tmp_path / "new")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
     with pytest.raises(ValueError, match="holds other files"):
-        check_same_comparison(tmp_path / "mine", {})
+        check_folder(tmp_path / "mine")
     assert os.listdir(tmp_path / "mine") == ["thesis.txt"]
 
 
-RESULTS = {
-    ("ner", "baseline", 0): {"eval_f1": 0.50, "train_runtime": 10.0},
-    ("ner", "baseline", 1): {"eval_f1": 0.60, "train_runtime": 10.0},
-    ("ner", "baseline", 2): {"eval_f1": 0.90, "train_runtime": 10.0},  # its partner failed
-    ("ner", "r-drop", 0): {"eval_f1": 0.55, "train_runtime": 19.0},
-    ("ner", "r-drop", 1): {"eval_f1": 0.59, "train_runtime": 21.0},
-    ("mt", "baseline", 0): {"eval_bleu": 20.0, "train_runtime": 5.0},
-    ("mt", "r-drop", 0): {"eval_bleu": 19.0, "train_runtime": 9.0},
-}
-METRICS = {"ner": "eval_f1", "mt": "eval_bleu"}
+# ---- Arms and tuning ----
+
+TASK = Task("ner", "run_ner.py", "eval_f1", ("--num_train_epochs", "3", "--model_name_or_path=m-{seed}"), 2.0)
+GRID = {"learning_rate": [1e-5, 1e-4], "rdrop_dropout": [0.1, 0.2, 0.3]}
 
 
-def test_figures_are_paired_by_seed_and_losses_are_shown():
-    ner, mt = make_rows(RESULTS, METRICS, ["r-drop"])
-    assert ner.seeds == [0, 1] and ner.baseline == pytest.approx([50, 60]) and ner.gains == pytest.approx([5, -1])
-    assert ner.seconds_ratio == pytest.approx(2.0)
-    assert mt.gains == [-1.0] and mt.baseline == [20.0]  # BLEU is in points already
-    table = markdown_table([ner, mt])
-    # mean 55, std sqrt(50) = 7.07; gains 5 and -1: mean 2, std sqrt(18) = 4.24
-    assert "| ner | f1 | 55.00 ± 7.07 | r-drop | 57.00 ± 2.83 | +2.00 ± 4.24 | 2.00x | 2 |" in table
-    assert "| mt | bleu | 20.00 | r-drop | 19.00 | -1.00 | 1.80x | 1 |" in table
-    console = Console(width=80, file=io.StringIO())
-    console.print(terminal_table([ner, mt]))
-    text = console.file.getvalue()
-    assert "55.00 ± 7.07" in text and "+2.00 ± 4.24" in text and "…" not in text
-    assert as_json([ner])[0]["mean_gain"] == pytest.approx(2.0)
+def arguments_of(name, settings=None, task=TASK, own=None):
+    arm = next(arm for arm in make_arms([name] if own is None else [], own or {}) if arm.name == name)
+    return list(run_arguments(task, arm, settings or {}, seed=7))
 
 
-def test_plot_is_written(tmp_path):
-    plot(make_rows(RESULTS, METRICS, ["r-drop"]), tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").stat().st_size > 10_000
+def test_built_in_arms():
+    fixed = ["--num_train_epochs", "3", "--model_name_or_path=m-7"]
+    assert arguments_of("baseline") == [*fixed, "--rdrop_alpha", "0"]
+    assert arguments_of("baseline-2x") == [*fixed, "--rdrop_alpha", "0", "--num_train_epochs", "6"]
+    assert arguments_of("doubled") == [*fixed, "--rdrop_alpha", "1e-12"]
+    assert arguments_of("rdrop") == [*fixed, "--rdrop_alpha", "2.0"]
+    assert arguments_of("rdrop-interval") == [*fixed, "--rdrop_alpha", "2.0", "--rdrop_interval", "2"]
+    assert arguments_of("rdrop-shared")[-2:] == ["--rdrop_shared_layers", "0.75"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "longer"),
+    [
+        ((), {}, ["--num_train_epochs", "6"]),  # the Trainer's default is 3
+        (("--num_train_epochs=2.5",), {}, ["--num_train_epochs", "5"]),
+        (("--num_train_epochs", "3"), {"num_train_epochs": 5}, ["--num_train_epochs", "10"]),
+        (("--max_steps", "40", "--num_train_epochs", "3"), {}, ["--max_steps", "80"]),
+        (("--max_steps=-1",), {}, ["--num_train_epochs", "6"]),
+    ],
+)
+def test_twice_as_long(arguments, settings, longer):
+    task = Task("ner", "run_ner.py", "eval_f1", arguments)
+    assert arguments_of("baseline-2x", settings, task)[-2:] == longer
+
+
+def test_own_arms_are_lines_of_arguments():
+    lines = {
+        "smooth": "--label_smoothing_factor 0.1",
+        "trunk": "rdrop --rdrop_shared_layers 4",
+        "r1": "--rdrop_alpha=1",
+    }
+    arms = {arm.name: arm for arm in make_arms(["rdrop"], lines)}
+    assert list(arms) == ["baseline", "rdrop", "smooth", "trunk", "r1"]  # never without the baseline
+    assert [arms[name].settings_of for name in lines] == ["smooth", "rdrop", "r1"]
+    settings = {"rdrop_alpha": 5, "learning_rate": 0.1}
+    assert arguments_of("trunk", settings, own=lines)[-6:] == [
+        *("--rdrop_alpha", "5", "--learning_rate", "0.1", "--rdrop_shared_layers", "4")
+    ]
+    assert arguments_of("r1", settings, own=lines)[-3:] == ["--learning_rate", "0.1", "--rdrop_alpha=1"]
+
+
+def test_tuned_arms_can_be_shared():
+    arms = {arm.name: arm.settings_of for arm in make_arms(BUILT_IN, {}, ["baseline", "rdrop"])}
+    assert arms["doubled"] == arms["baseline-2x"] == "baseline" and arms["rdrop-interval"] == "rdrop"
+    with pytest.raises(ValueError, match="untuned baseline"):
+        make_arms(BUILT_IN, {}, ["rdrop"])
+    with pytest.raises(ValueError, match="no arm here"):
+        make_arms(BUILT_IN, {}, ["baseline", "rdrop-shared"])
+
+
+def test_every_arm_has_the_same_number_of_trials():
+    task = Task("ner", "run_ner.py", "eval_f1", (), 1.0, {**GRID, "rdrop_alpha": [1, 5]})
+    for trials in (1, 2, 4, 6):
+        plain, ours = (candidates(task, BUILT_IN[name], trials) for name in ("baseline", "rdrop"))
+        assert len(plain) == len(ours) == trials
+        without = [{k: v for k, v in settings.items() if k != "rdrop_alpha"} for settings in ours]
+        assert sorted(map(str, plain)) == sorted(map(str, without))
+        if trials > 1:
+            assert {settings["rdrop_alpha"] for settings in ours} == {1, 5}
+    assert len(candidates(task, BUILT_IN["baseline"], 100)) == 6  # all there are
+    everything = candidates(task, BUILT_IN["rdrop"], 100)
+    assert len({json.dumps(settings) for settings in everything}) == 12
+    assert len({json.dumps(settings) for settings in candidates(task, BUILT_IN["rdrop"], 9)}) == 9
+
+
+def comparison_of(tmp_path, *extra):
+    line = ["--script", "run_ner.py", "--metric", "eval_f1", "--output_dir", str(tmp_path / "out"), *extra]
+    return parse([*line, "--", "--do_train"])
+
+
+def test_settings_are_chosen_by_their_mean_on_the_training_split(tmp_path):
+    extra = ("--rdrop_alpha", "1", "5", "--tune", "learning_rate=1e-5,1e-4", "--tuning_seeds", "8", "9")
+    comparison = comparison_of(
+        tmp_path, *extra, "--arms", "rdrop", "rdrop-shared", "--tuned_arms", "baseline", "rdrop"
+    )
+    trials = plan_trials(comparison)
+    assert len(trials) == 2 * 2 + 4 * 2  # baseline: 2 rates; R-Drop: 2 rates x 2 alphas; 2 seeds each
+    for run, trial in trials.items():
+        assert run.arguments[-2:] == ("--validation_from_train", "0.2") and run.seed in (8, 9)
+        settings = trial["settings"]
+        score = 10 * settings["learning_rate"] + settings.get("rdrop_alpha", 0) / 100
+        if settings == {"learning_rate": 1e-4, "rdrop_alpha": 5} and run.seed == 9:
+            continue  # the best one failed with a seed
+        score += 0.3 * (run.seed == 8 and settings.get("rdrop_alpha") == 1 and settings["learning_rate"] == 1e-5)
+        run.output.mkdir(parents=True)
+        (run.output / "all_results.json").write_text(json.dumps({"eval_f1": score}))
+    choices = choose(comparison, trials)
+    assert choices["ner", "baseline"]["settings"] == {"learning_rate": 1e-4}
+    assert choices["ner", "rdrop"]["settings"] == {"learning_rate": 1e-5, "rdrop_alpha": 1}  # mean of .01 and .31
+    assert len(choices["ner", "rdrop"]["trials"]) == 8
+    shared = choices["ner", "rdrop-shared"]
+    assert shared["settings"] == choices["ner", "rdrop"]["settings"] and shared["taken_from"] == "rdrop"
+    runs = compare.plan(comparison, choices)
+    assert [(run.seed, run.arm) for run in runs[:4]] == [
+        (0, "baseline"), (0, "rdrop"), (0, "rdrop-shared"), (1, "baseline")
+    ]  # fmt: skip
+    assert not any("--validation_from_train" in run.arguments for run in runs)
+
+
+def test_an_arm_without_any_finished_trial_is_left_out(tmp_path):
+    comparison = comparison_of(tmp_path, "--rdrop_alpha", "1", "5", "--arms", "rdrop", "rdrop-shared")
+    assert list(choose(comparison, plan_trials(comparison))) == [("ner", "baseline")]
+
+
+CONFIG = """
+seeds: [3, 4]
+tune: {learning_rate: [1e-5, 0.001]}
+trials: 2
+arms: [baseline, doubled]
+own_arms: {trunk: rdrop --rdrop_shared_layers 1}
+arguments: --do_train
+tasks:
+  tags: {script: run_ner.py, metric: eval_f1, arguments: --train_file a.csv, rdrop_alpha: 3}
+  texts: {script: run_glue.py, metric: eval_accuracy, arguments: --task_name sst2, tune: {rdrop_alpha: [1, 2]}}
+"""
+
+
+def test_config_file(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(CONFIG)
+    comparison = parse(["--config", str(path), "--output_dir", str(tmp_path / "out"), "--jobs", "3"])
+    tags, texts = comparison.tasks
+    assert tags.arguments == ("--do_train", "--train_file", "a.csv") and tags.rdrop_alpha == 3
+    assert texts.tune == {"learning_rate": [1e-5, 0.001], "rdrop_alpha": [1, 2]}
+    assert [arm.name for arm in comparison.arms] == ["baseline", "doubled", "trunk"]
+    assert (comparison.seeds, comparison.trials, comparison.jobs) == ([3, 4], 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("tasks: [", "no valid YAML"),
+        ("seeds: [1]", "must hold `tasks:`"),
+        ("tasks: {a: {script: run_ner.py}}", "needs script, metric and arguments"),
+        (CONFIG + "trails: 5", "unknown key 'trails'.*trials"),
+        (CONFIG.replace("run_ner", "run_x"), "script must be one of"),
+        (CONFIG.replace("eval_f1", "eval_loss"), "better when lower"),
+        (CONFIG.replace("[3, 4]", "[3, 3]"), "all be different"),
+        (CONFIG.replace("[3, 4]", "3"), "must be a list"),
+        (CONFIG.replace("doubled", "tripled"), "no arm 'tripled'"),
+        (CONFIG.replace("rdrop_alpha: 3", "rdrop_alpha: -3"), "rdrop_alpha must be"),
+        (CONFIG.replace("[1, 2]", "[0, 2]"), "is the baseline itself"),
+        (CONFIG.replace("trunk:", "doubled:"), "a name of its own"),
+        (CONFIG.replace("--train_file a.csv", "--train_file $NOWHERE_AT_ALL"), "is not set"),
+        (CONFIG.replace("--train_file a.csv", "--seed 1"), "--seed is set for each run"),
+        (CONFIG.replace("[1e-5, 0.001]", "0.1"), "needs a list"),
+    ],
+)
+def test_bad_config_is_refused_before_anything_is_written(text, message, tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        compare.main(["--config", str(path), "--output_dir", str(tmp_path / "out")])
+    assert os.listdir(tmp_path) == ["c.yaml"]
+
+
+ONE_TASK = ["--script", "run_ner.py", "--metric", "eval_f1", "--output_dir", "x"]
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ([], "either --demo, or --script"),
-        (["--demo", "--script", "run_ner.py"], "either --demo, or --script"),
+        ([], "either --demo, or --config, or --script"),
+        (["--demo", "--script", "run_ner.py"], "either --demo, or"),
         (["--script", "run_ner.py"], "also needs --metric"),
         (["--demo", "--rdrop_alpha", "-1"], "rdrop_alpha must be"),
         (["--demo", "--rdrop_alpha", "0"], "is the baseline itself"),
+        (["--demo", "--rdrop_alpha", "1", "2"], "tunes nothing"),
         (["--demo", "--seeds", "1", "1"], "all be different"),
-        (["--demo", "--jobs", "0"], "--jobs at least 1"),
+        (["--demo", "--jobs", "0"], "--jobs and --trials must be at least 1"),
         (["--demo", "--", "--do_train"], "--demo brings its own"),
-        (
-            ["--script", "run_ner.py", "--metric", "eval_f1", "--output_dir", "x", "--", "--seed", "1"],
-            "--seed is set for each run",
-        ),
+        (["--config", "missing.yaml", "--output_dir", "x"], "cannot be read"),
+        ([*ONE_TASK, "--", "--seed", "1"], "--seed is set for each run"),
+        ([*ONE_TASK, "--", "--validation_from_train=0.5"], "--validation_from_train is set for each run"),
+        ([*ONE_TASK, "--tune", "learning_rate", "--", "--do_train"], "NAME=VALUE"),
+        ([*ONE_TASK, "--tune", "learning_rate=1,1", "--", "--do_train"], "different values"),
+        ([*ONE_TASK, "--tuning_seeds", "0", "--", "--do_train"], "must not be among --seeds"),
+        ([*ONE_TASK, "--tuning_share", "1", "--", "--do_train"], "between 0 and 1"),
+        ([*ONE_TASK, "--own_arm", "a b=--do_train", "--", "--do_train"], "a name of its own"),
+        ([*ONE_TASK, "--own_arm", "a b", "--", "--do_train"], "NAME=LINE"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_is_written(line, message, tmp_path, monkeypatch):
@@ -151,12 +318,100 @@ def test_bad_arguments_are_refused_before_anything_is_written(line, message, tmp
     assert os.listdir(tmp_path) == []
 
 
-def test_arms_of_a_seed_run_beside_each_other_and_differ_in_alpha_only():
-    task = compare.Task("ner", "run_ner.py", "eval_f1", 2.0, ("--do_train",))
-    runs = compare.plan([task], [4, 5], Path("out"))
-    assert [(run.seed, run.arm) for run in runs] == [(4, "baseline"), (4, "r-drop"), (5, "baseline"), (5, "r-drop")]
-    base, ours = (run.arguments for run in runs[:2])
-    assert base == ("--do_train", "--rdrop_alpha", "0") and ours == ("--do_train", "--rdrop_alpha", "2.0")
+def test_runs_made_elsewhere_are_taken_over_when_their_arguments_are_the_same(script, tmp_path):
+    runs = [make_run(script, tmp_path / "runs", seed) for seed in (1, 2, 3)]
+    made = [
+        {"task": "task", "arm": "arm", "seed": 1, "arguments": list(runs[0].arguments)},
+        {"task": "task", "arm": "arm", "seed": 2, "arguments": [*runs[1].arguments, "--more"]},
+    ]
+    for number, run in enumerate(made):
+        run |= {"metrics": {"eval_f1": number}, "history": [{"step": 1, "loss": 0.5}]}
+    (tmp_path / "comparison.json").write_text(json.dumps({"runs": made}))
+    take_runs(runs, [tmp_path / "comparison.json"])
+    assert runs[0].results() == {"eval_f1": 0} and runs[0].history() == [{"step": 1, "loss": 0.5}]
+    assert not runs[1].results() and not runs[2].results()
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(ValueError, match=r"broken\.json is no comparison\.json"):
+        take_runs(runs, [tmp_path / "broken.json"])
+
+
+def test_dry_run_lists_the_runs_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    line = [*ONE_TASK, "--rdrop_alpha", "1", "5", "--seeds", "0", "1", "--dry_run", "--", "--do_train"]
+    assert compare.main(line) == [] and os.listdir(tmp_path) == []
+    shown = capsys.readouterr().out
+    assert "6 of 6 runs would start" in shown and "ner / rdrop / seed 1" in shown  # 2 trials of R-Drop's, 4 runs
+
+
+# What the script of `script` returns in every run, by arm: an R-Drop run takes twice the time.
+REAL = """
+import json, pathlib, sys
+args = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+out, alpha, seed = pathlib.Path(args["--output_dir"]), float(args["--rdrop_alpha"]), int(args["--seed"])
+if args.get("--fail") == f"{alpha:g}-{seed}":
+    sys.exit("error: it was to fail")
+out.mkdir(parents=True)
+log = [{"step": step, "epoch": step / 2, "loss": 1 / step, "ce_loss": 1 / step, "kl_loss": 0.0} for step in (1, 2)]
+(out / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+score = 0.5 + (alpha > 0) * 0.05 + 0.01 * seed - 0.001 * abs(alpha - 5) * (alpha > 0)
+seconds = 20.0 if alpha else 10.0
+metrics = {"eval_f1": score, "train_runtime": seconds, "train_cpu_seconds": seconds, "train_samples_per_second": 1.0}
+(out / "all_results.json").write_text(json.dumps(metrics))
+"""
+
+
+@pytest.fixture
+def stub(tmp_path, monkeypatch):
+    """compare.py with a stand-in for run_ner.py."""
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "run_ner.py").write_text(REAL)
+    monkeypatch.setattr("run_queue.SCRIPTS", tmp_path / "scripts")
+    return ["--script", "run_ner.py", "--metric", "eval_f1", "--output_dir", str(tmp_path / "out"), "--jobs", "2"]
+
+
+def test_whole_comparison(stub, tmp_path, capsys):
+    line = [*stub, "--rdrop_alpha", "1", "5", "--seeds", "0", "1", "2", "--", "--use_cpu", "1"]
+    base, ours = compare.main(line)
+    assert (base["mean"], ours["mean"]) == pytest.approx((51, 56)) and ours["cost"]["time"] == pytest.approx(2)
+    folder = tmp_path / "out"
+    result = json.loads((folder / "comparison.json").read_text())
+    chosen = {choice["arm"]: choice["settings"] for choice in result["choices"]}
+    assert chosen == {"baseline": {}, "rdrop": {"rdrop_alpha": 5.0}}
+    assert len(result["runs"]) == 6 and result["runs"][1]["arguments"][-2:] == ["--rdrop_alpha", "5.0"]
+    assert result["runs"][0]["history"][1] == {"step": 2, "epoch": 1.0, "loss": 0.5, "ce_loss": 0.5, "kl_loss": 0.0}
+    assert result["about"]["setup"]["torch"] and result["failed"] == {}
+    assert str(tmp_path) not in (folder / "comparison.json").read_text() + (folder / "comparison.md").read_text()
+    assert {path.name for path in folder.glob("*.png")} == {"gains.png", "curves.png", "pareto.png", "alphas.png"}
+    stamps = {path: path.stat().st_mtime_ns for path in folder.glob("*/**/all_results.json")}
+    assert len(stamps) == 6 + 2
+
+    at = line.index("--")
+    more = compare.main([*line[:at], "3", *line[at:]])  # one more seed
+    assert len(more[0]["scores"]) == 4
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
+    with pytest.raises(ValueError, match="other arguments"):
+        compare.main([*line, "--learning_rate", "1"])
+
+    other = ["--take_from", str(folder / "comparison.json"), *line]
+    other[other.index("--output_dir") + 1] = str(tmp_path / "other")
+    assert [row["mean"] for row in compare.main(other)] == pytest.approx([51, 56])
+    assert not list((tmp_path / "other").glob("runs/**/log.txt"))  # nothing but the trials was run
+
+
+def test_a_failed_run_is_reported_and_the_rest_is_kept(stub, tmp_path):
+    line = [*stub, "--seeds", "0", "1", "2", "--", "--fail", "1-1"]
+    with pytest.raises(ValueError, match=r"1 of 6 runs failed(.|\n)*it was to fail"):
+        compare.main(line)
+    result = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert list(result["failed"]) == ["ner / rdrop / seed 1"] and len(result["runs"]) == 5
+    assert "it was to fail" in (tmp_path / "out" / "comparison.md").read_text()
+    rows = compare.main(["--report_only", *line])
+    assert [len(row["scores"]) for row in rows] == [3, 2]
+
+
+def test_report_of_nothing(stub):
+    with pytest.raises(ValueError, match="nothing to report"):
+        compare.main([*stub, "--report_only", "--", "--x", "1"])
 
 
 @pytest.mark.slow
@@ -164,14 +419,14 @@ def test_demo_with_one_seed(tmp_path):
     folder = tmp_path / "demo"
     line = ["--demo", "--seeds", "0", "--output_dir", str(folder)]
     rows = compare.main(line)
-    assert [row["task"] for row in rows] == ["classification", "ner", "translation"]
+    assert [(row["task"], row["arm"]) for row in rows] == [
+        (task, arm) for task in ("classification", "ner", "translation") for arm in ("baseline", "rdrop")
+    ]
     # well above chance and well below perfect, or the demo shows nothing
-    for row, (low, high) in zip(rows, ((60, 90), (40, 90), (25, 90)), strict=True):
-        assert low < row["baseline_scores"][0] < high
-        assert row["train_seconds_ratio"] > 1.1 and row["scores"] != row["baseline_scores"]
-    assert {path.name for path in folder.glob("comparison.*")} == {
-        f"comparison.{end}" for end in ("md", "json", "png")
-    }
+    for row, (low, high) in zip(rows[::2], ((60, 90), (40, 90), (25, 90)), strict=True):
+        assert low < row["mean"] < high
+    for base, ours in zip(rows[::2], rows[1::2], strict=True):
+        assert ours["cost"]["time"] > 1.1 and ours["scores"] != base["scores"]
     stamps = {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/*/*/output/all_results.json")}
     assert compare.main(line) == rows  # everything is finished: nothing runs again
     assert len(stamps) == 6 and all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())

@@ -11,6 +11,7 @@ from pathlib import Path
 import common
 import data_files
 import datasets
+import glue_data
 import ner_data
 import pytest
 import run_glue
@@ -133,6 +134,61 @@ def test_glue_with_own_files(tmp_path, encoder, kind, name, metrics, num_labels,
     lines = (tmp_path / "out" / "predict_results.txt").read_text().splitlines()
     assert lines[0] == "index\tprediction"
     assert [line.split("\t")[0] for line in lines[1:]] == [str(i) for i in range(7)]
+
+
+def test_part_of_the_training_rows_for_validation():
+    rows = datasets.Dataset.from_dict({"row": list(range(100))})
+    splits = {"train": rows, "test": rows}
+    chosen = data_files.DataArguments(validation_from_train=0.2, max_train_samples=50).choose_rows(splits)
+    train, validation = (list(chosen[split]["row"]) for split in ("train", "validation"))
+    assert (len(train), len(validation)) == (40, 10) and sorted(train + validation) == list(range(50))
+    again = data_files.DataArguments(validation_from_train=0.2, max_train_samples=50).choose_rows(splits)
+    assert list(again["validation"]["row"]) == validation and len(chosen["test"]) == 100
+    drawn = data_files.DataArguments(max_train_samples=50, sample_seed=1).choose_rows(splits)["train"]["row"]
+    assert len(set(drawn)) == 50 and max(drawn) > 60
+    assert list(data_files.DataArguments(max_train_samples=50, sample_seed=1).choose_rows(splits)["train"]["row"]) == (
+        list(drawn)
+    )
+
+
+@pytest.mark.parametrize("script", ["glue", "ner", "translation"])
+def test_validation_from_train_needs_no_validation_file(tmp_path, encoder, seq2seq, script):
+    rows = {"glue": classification("names"), "ner": made.ner_rows, "translation": made.translation_rows}[script]
+    train, *_ = write_splits(tmp_path, rows)
+    model, languages = encoder, []
+    if script == "translation":
+        model, languages = seq2seq, ["--source_lang=en", "--target_lang=de"]
+    line = arguments(tmp_path, [train], model, "--validation_from_train=0.25", *languages, steps="do_train do_eval")
+    returned = {"glue": run_glue, "ner": run_ner, "translation": run_translation}[script].main(line)
+    assert (returned["train_samples"], returned["eval_samples"]) == (18, 6)
+    assert returned["train_cpu_seconds"] > 0 and returned["train_peak_memory_mib"] > 50
+    with pytest.raises(ValueError, match="needs --do_train"):
+        run_ner.main(arguments(tmp_path / "b", [train], encoder, "--validation_from_train=0.25", steps="do_eval"))
+
+
+def test_label_noise_gives_other_classes_to_training_rows_only(tmp_path, encoder, monkeypatch):
+    labels = glue_data.Labels("single_label_classification", ["a", "b", "c"])
+    clean = [0, 1, 2] * 100
+    noisy = glue_data.flip_labels(clean, labels, 0.2, seed=3)
+    changed = [(a, b) for a, b in zip(clean, noisy, strict=True) if a != b]
+    assert len(changed) == 60 and len(set(changed)) == 6  # each class becomes each of the others
+    assert noisy == glue_data.flip_labels(clean, labels, 0.2, seed=3) != glue_data.flip_labels(clean, labels, 0.2, 4)
+    assert glue_data.flip_labels(clean, labels, 1.0, seed=0) != clean
+
+    seen = {}
+
+    def remember(dataset, split, tokenizer, columns, targets, data_args):
+        seen[split] = targets
+        return tokenize(dataset, split, tokenizer, columns, targets, data_args)
+
+    tokenize = glue_data.tokenize
+    monkeypatch.setattr(run_glue, "tokenize", remember)
+    files = write_splits(tmp_path, classification("names"))
+    for folder, noise in (("clean", 0), ("noisy", 0.5)):
+        run_glue.main(arguments(tmp_path / folder, files, encoder, f"--label_noise={noise}", "--rdrop_alpha=0"))
+        seen[folder] = dict(seen)
+    assert sum(a != b for a, b in zip(seen["clean"]["train"], seen["noisy"]["train"], strict=True)) == 12
+    assert seen["clean"]["validation"] == seen["noisy"]["validation"]
 
 
 def test_predicted_labels_are_names_of_the_data(tmp_path, encoder):

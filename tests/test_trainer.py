@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from conftest import InOrder, make_collator, make_model, make_rows, step_logs, train
 from reference import torch_reference
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_rdrop import RDropMixin, RDropSeq2SeqTrainer, RDropTrainer, RDropTrainingArguments, inspect_dropout
 
@@ -338,6 +338,31 @@ def test_rdrop_dropout_is_set_on_given_and_on_made_models(tmp_path):
     for trainer in (given, made):
         assert {source.rate for source in inspect_dropout(trainer.model)} == {0.25}
         assert trainer.model.config.hidden_dropout_prob == 0.25
+
+
+def test_every_trial_of_a_search_trains_at_its_own_dropout_and_alpha(tmp_path):
+    pytest.importorskip("optuna", reason="the search needs optuna, of the scripts extra")
+    rates, seen = [0.05, 0.2, 0.4], []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            seen.append((args.rdrop_alpha, *{source.rate for source in inspect_dropout(model)}))
+
+    trainer = RDropTrainer(
+        model_init=lambda: make_model("single", 0.1),
+        args=RDropTrainingArguments(
+            str(tmp_path), use_cpu=True, report_to=[], max_steps=1, disable_tqdm=True, save_strategy="no"
+        ),
+        train_dataset=make_rows("single"),
+        eval_dataset=make_rows("single"),
+        callbacks=[Watch()],
+    )
+    trainer.hyperparameter_search(
+        hp_space=lambda trial: {"rdrop_dropout": rates[trial.number], "rdrop_alpha": trial.number + 1.0},
+        backend="optuna",
+        n_trials=3,
+    )
+    assert seen == [(1.0, 0.05), (2.0, 0.2), (3.0, 0.4)]
 
 
 def test_a_plain_module_returning_a_tuple_trains(tmp_path):

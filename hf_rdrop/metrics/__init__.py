@@ -4,9 +4,10 @@ Needs the `scripts` extra (`evaluate`, `scikit-learn`, `scipy`, `seqeval`, `sacr
 imports this package.
 """
 
+from .calibration import Calibration
 from .glue import Glue
 from .sacrebleu import SacreBleu
 from .seqeval import Seqeval
 from .sequence_classification import SequenceClassification
 
-__all__ = ["Glue", "SacreBleu", "Seqeval", "SequenceClassification"]
+__all__ = ["Calibration", "Glue", "SacreBleu", "Seqeval", "SequenceClassification"]

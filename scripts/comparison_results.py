@@ -1,0 +1,168 @@
+"""What a comparison leaves behind: one JSON file with every run, the report and the plots."""
+
+import json
+import os
+import platform
+import shutil
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import LAST_RESULT_FILE, read_json, write_file, write_json
+from comparison_config import Comparison
+from comparison_plots import plot_all
+from comparison_report import as_json, markdown, terminal_table
+from comparison_rows import make_report
+from rich.console import Console
+from run_queue import RUN_FILE, Run
+
+MARKER = "settings.json"
+PACKAGES = ("hf_rdrop", "torch", "transformers", "accelerate", "datasets")
+RUN_KEYS = ("task", "arm", "seed", "arguments")
+# What the curves are drawn from; the rest of a log line can be read in the run's own folder.
+HISTORY = ("step", "epoch", "loss", "ce_loss", "kl_loss")
+
+
+def describe(run: Run, metric: str) -> str:
+    """A line about a finished run.
+
+    Raises:
+        ValueError: it has no such metric.
+    """
+    results = run.results()
+    if metric not in results:
+        known = ", ".join(sorted(name for name in results if name.startswith("eval_")))
+        raise ValueError(f"--metric {metric} is not among the results of {run.script}: {known}.")
+    return f"{metric.removeprefix('eval_')} {results[metric]:.4g}, {results['train_runtime']:.1f} s"
+
+
+def list_runs(console: Console, comparison: Comparison, runs: Sequence[Run]) -> None:
+    """Print the commands of the runs that have not finished, for a dry run."""
+    waiting = [run for run in runs if not run.results()]
+    for run in waiting:
+        console.print(f"{run.name}:\n  python scripts/{' '.join([run.script, *run.command[2:]])}", highlight=False)
+    jobs = comparison.jobs
+    console.print(f"{len(waiting)} of {len(runs)} runs would start, {jobs} at once.", highlight=False)
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that holds other things than a comparison.
+
+    Raises:
+        ValueError: it does.
+    """
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / MARKER).exists())):
+        raise ValueError(f"--output_dir {folder} holds other files: choose a new folder for the comparison.")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / MARKER, {"made_by": "compare.py"})
+
+
+def take_runs(runs: Sequence[Run], files: Sequence[Path]) -> None:
+    """Take over the finished runs of other comparisons: those with the same arguments, task, arm and seed.
+
+    Raises:
+        ValueError: a file cannot be read, or is no comparison.json.
+    """
+    for file in files:
+        try:
+            made = {_key(*(run[name] for name in RUN_KEYS)): run for run in read_json(file)["runs"]}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"--take_from {file} is no comparison.json ({type(error).__name__}: {error}).") from error
+        for run in runs:
+            found = made.get(_key(run.task, run.arm, run.seed, run.arguments))
+            if found is not None and not run.results():
+                if run.output.exists():
+                    shutil.rmtree(run.output)
+                run.output.mkdir(parents=True)
+                write_json(run.output / "trainer_state.json", {"log_history": found["history"]})
+                write_json(run.output / LAST_RESULT_FILE, found["metrics"])
+                write_json(run.folder / RUN_FILE, {"command": run.command[1:], "taken_from": str(file)})
+
+
+def _key(task: str, arm: str, seed: int, arguments: Sequence[str]) -> str:
+    return json.dumps([task, arm, seed, list(arguments)])
+
+
+def _record(run: Run) -> dict[str, Any]:
+    history = [{name: line[name] for name in HISTORY if name in line} for line in run.history()]
+    return {
+        "task": run.task,
+        "arm": run.arm,
+        "seed": run.seed,
+        "arguments": list(run.arguments),
+        "metrics": run.results() | {"device": "cpu" if "--use_cpu" in run.arguments else _device()},
+        "history": history,
+    }
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def setup() -> dict[str, Any]:
+    """Versions and hardware; nothing that names the machine or its user."""
+    cuda = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if cuda else f"{os.cpu_count()} CPU cores",
+        "python": platform.python_version(),
+        **{name: version(name) for name in PACKAGES},
+    }
+
+
+def write_results(
+    comparison: Comparison,
+    runs: Sequence[Run],
+    choices: Mapping[tuple[str, str], Mapping[str, Any]],
+    failed: Mapping[Run, str],
+    console: Console,
+) -> list[dict[str, Any]]:
+    """Write the report of the runs that have finished, and print its table; returns the table's rows.
+
+    Raises:
+        ValueError: none has finished.
+    """
+    folder, tasks = comparison.folder, {task.name: task for task in comparison.tasks}
+    records = [_record(run) for run in runs if run.results()]
+    if not records:
+        reasons = "".join(f"\n{run.name}: {reason}" for run, reason in failed.items())
+        raise ValueError(f"no run of {folder} has finished: there is nothing to report.{reasons}")
+    metrics = {name: task.metric for name, task in tasks.items()}
+    report = make_report(records, metrics, [arm.name for arm in comparison.arms])
+    about = {
+        "tasks": {
+            name: {"script": task.script, "arguments": " ".join(task.arguments)} for name, task in tasks.items()
+        },
+        "arms": {arm.name: " ".join(arm.arguments) or "as the task" for arm in comparison.arms},
+        "tuning": _tuning(comparison),
+        "setup": setup(),
+    }
+    reasons = {run.name: reason.replace(str(folder), "OUTPUT") for run, reason in failed.items()}
+    plots = plot_all(report, records, metrics, choices, folder)
+    write_file(folder / "comparison.md", markdown(report, about, choices, reasons, plots))
+    chosen = [{"task": task, "arm": arm, **choice} for (task, arm), choice in choices.items()]
+    figures = as_json(report)
+    everything = {"about": about, "choices": chosen, **figures, "failed": reasons, "runs": records}
+    lines = (f"{json.dumps(name)}: {_compact(value)}" for name, value in everything.items())
+    write_file(folder / "comparison.json", "{\n" + ",\n".join(lines) + "\n}\n")
+    console.print(terminal_table(report))
+    names = ", ".join(["comparison.md", "comparison.json", *(path.name for path in plots)])
+    console.print(f"Written to {folder}: {names}, runs/", highlight=False)
+    return figures["rows"]
+
+
+def _tuning(comparison: Comparison) -> dict[str, Any]:
+    seeds = ", ".join(map(str, comparison.tuning_seeds))
+    return {
+        "scored on": f"{comparison.tuning_share:.0%} of the training rows, seed {seeds}",
+        "most trials of an arm": comparison.trials,
+        "tried": {task.name: dict(task.tune) for task in comparison.tasks if task.tune} or "nothing",
+    }
+
+
+def _compact(value: Any) -> str:
+    """JSON with a line for each item of a list: hundreds of runs stay readable, and small."""
+    if isinstance(value, list):
+        return "[\n" + ",\n".join(json.dumps(item) for item in value) + "\n]"
+    return json.dumps(value)

@@ -1,0 +1,81 @@
+"""The pictures of a comparison are written when there is something to show, and names do not cover one another."""
+
+import itertools
+
+import matplotlib.pyplot as plt
+import pytest
+from comparison_curves import plot_alphas, plot_curves
+from comparison_data import ARMS, METRICS, make_choices, make_runs
+from comparison_plots import pareto_front, plot_all, plot_gains, plot_pareto
+from comparison_rows import make_report
+from comparison_style import fullest, place_labels, styles
+from PIL import Image
+
+
+def test_all_pictures(tmp_path):
+    runs = make_runs()
+    made = plot_all(make_report(runs, METRICS, ARMS), runs, METRICS, make_choices(), tmp_path)
+    assert [path.name for path in made] == ["gains.png", "curves.png", "pareto.png", "alphas.png"]
+    for path in made:
+        with Image.open(path) as picture:
+            assert picture.width >= 600 and len(picture.convert("RGB").getcolors(10**6)) > 5  # not an empty canvas
+    assert plt.get_fignums() == []  # all closed
+
+
+def test_nothing_to_show_writes_nothing(tmp_path):
+    path = tmp_path / "plot.png"
+    alone = [dict(run, history=[]) for run in make_runs() if run["arm"] == "baseline"]
+    report = make_report(alone, METRICS, ARMS)
+    assert not plot_gains(report, path) and not plot_pareto(report, path)
+    assert not plot_curves(alone, list(METRICS), ARMS, path)
+    same_alpha = make_choices()
+    same_alpha["ner", "rdrop"]["trials"] = [
+        trial for trial in same_alpha["ner", "rdrop"]["trials"] if trial["settings"]["rdrop_alpha"] == 1.0
+    ]
+    assert not plot_alphas(same_alpha, METRICS, path) and not plot_alphas({}, METRICS, path)
+    assert plot_all(make_report([], METRICS, ARMS), [], METRICS, {}, tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pictures_of_one_seed_and_of_histories_that_differ(tmp_path):
+    runs = [run for run in make_runs() if run["seed"] == 0]
+    assert len(plot_all(make_report(runs, METRICS, ARMS), runs, METRICS, {}, tmp_path)) == 3
+    runs = make_runs()
+    runs[0]["history"] = runs[0]["history"][:3]  # a run with fewer log lines
+    assert plot_curves(runs, list(METRICS), ARMS, tmp_path / "curves.png")
+
+
+def test_pareto_front():
+    pairs = [(1.0, 0.0), (1.9, 1.0), (1.5, 1.2), (1.2, 0.4), (1.2, 0.6), (1.1, -0.5), (2.0, 1.2)]
+    front = pareto_front(pairs)
+    assert front == [(1.0, 0.0), (1.2, 0.6), (1.5, 1.2)]
+    for cost, gain in pairs:
+        dominated = any(c <= cost and g >= gain and (c, g) != (cost, gain) for c, g in pairs)
+        assert ((cost, gain) in front) == (not dominated)
+
+
+def test_every_arm_looks_different():
+    arms = ["baseline", "baseline-2x", "doubled", *(f"arm-{i}" for i in range(18))]
+    looks = styles(arms)
+    assert len({(look.colour, look.line) for look in looks.values()}) == len(arms)
+    assert len({(look.colour, look.marker) for look in looks.values()}) == len(arms)
+
+
+@pytest.mark.parametrize(("number", "columns"), [(3, 3), (4, 4), (5, 3), (6, 3), (7, 4), (8, 4), (9, 3)])
+def test_columns_leave_few_places_empty(number, columns):
+    assert fullest(3, 4, number) == columns
+
+
+def test_names_do_not_cover_one_another_nor_points():
+    figure, axis = plt.subplots(figsize=(5, 3))
+    points = [(1.0, 0.0), (1.02, 0.05), (1.05, 0.02), (1.3, 0.6), (1.9, 1.0), (1.92, 0.97), (2.0, 0.4), (2.0, 0.4)]
+    axis.plot(*zip(*points, strict=True), "o", linestyle="none")
+    axis.margins(0.2)
+    figure.draw_without_rendering()
+    place_labels(axis, points, [f"rdrop-arm-{i}" for i in range(len(points))], ["black"] * len(points))
+    boxes = [text.get_window_extent() for text in axis.texts]
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    assert not any(box.contains(x, y) for box in boxes for x, y in axis.transData.transform(points))
+    inside = axis.get_window_extent()
+    assert all(inside.x0 <= box.x0 and box.x1 <= inside.x1 for box in boxes)
+    plt.close(figure)
