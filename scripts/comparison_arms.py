@@ -83,13 +83,13 @@ BUILT_IN = {
 
 
 def make_arms(names: Sequence[str], own: Mapping[str, str], tuned: Sequence[str] = ()) -> list[Arm]:
-    """The arms by name, built in or `own` lines of arguments; `tuned` says which have settings of their own.
+    """The arms by name, built in or `own` lines of arguments; `tuned` says which are tuned by themselves.
 
     A line that starts with the name of a built-in arm, such as ``rdrop --rdrop_shared_layers 4``, adds to that arm and
     takes its tuned settings; any other is an arm of its own, tuned by itself.
 
     Raises:
-        ValueError: no arm has that name, an own arm is not used or has a built-in's name, or there is no baseline.
+        ValueError: no arm has that name, an own arm has a built-in's, or one is to be tuned that is not there.
     """
     made = {}
     for name, line in own.items():
@@ -102,7 +102,7 @@ def make_arms(names: Sequence[str], own: Mapping[str, str], tuned: Sequence[str]
         else:
             made[name] = Arm(name, tuple(words), name)
     arms = []
-    for name in dict.fromkeys([BASELINE, *(names or BUILT_IN), *made]):
+    for name in dict.fromkeys([BASELINE, *names]):
         if name not in made and name not in BUILT_IN:
             known = [*BUILT_IN, *made]
             raise ValueError(f"there is no arm {name!r}{closest(name, known)}. Known: {', '.join(known)}.")

@@ -41,6 +41,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--demo", action="store_true", help="compare on the embedded demo data (4 minutes on 2 cores)")
     add("--config", type=Path, help="YAML file with tasks, arms, seeds and tuning (see the README)")
+    add("--tasks", nargs="+", metavar="TASK", help="only these tasks of --config")
     add("--script", choices=SCRIPTS, help="training script of a single task")
     add("--metric", help="what to compare, as in the script's eval_results.json, e.g. eval_accuracy")
     add("--rdrop_alpha", type=float, nargs="+", help="alpha of the R-Drop arms; several: chosen on training data")
@@ -75,6 +76,8 @@ def parse(argv: Sequence[str] | None, description: str | None = None) -> Compari
         raise ValueError("--script also needs --metric, --output_dir and, after --, the script's arguments.")
     if args.config and not args.output_dir:
         raise ValueError("--config also needs --output_dir.")
+    if args.tasks and not args.config:
+        raise ValueError("--tasks chooses among the tasks of --config: give that too.")
     if not args.script and (args.metric or args.arguments or args.tune):
         brings = "--demo" if args.demo else "--config"
         raise ValueError(
@@ -85,7 +88,9 @@ def parse(argv: Sequence[str] | None, description: str | None = None) -> Compari
     folder = args.output_dir or Path("outputs/demo")
     config = _read_config(args.config) if args.config else {}
     if args.config:
-        tasks = [_task(name, task, config) for name, task in config["tasks"].items()]
+        if unknown := [name for name in args.tasks or () if name not in config["tasks"]]:
+            raise ValueError(f"--tasks {unknown[0]}: {args.config} has only {', '.join(config['tasks'])}.")
+        tasks = [_task(name, config["tasks"][name], config) for name in args.tasks or config["tasks"]]
     elif args.demo:
         tasks = demo_tasks(folder, (args.rdrop_alpha or [None])[0])
     else:
@@ -95,8 +100,8 @@ def parse(argv: Sequence[str] | None, description: str | None = None) -> Compari
         name = args.script.removeprefix("run_").removesuffix(".py")
         tasks = [Task(name, args.script, args.metric, tuple(args.arguments), alphas[0], tune)]
 
-    own = dict(config.get("own_arms") or {}) | dict(_own_arm(given) for given in args.own_arm)
-    names = args.arms or config.get("arms") or ["baseline", "rdrop"]
+    own, more = config.get("own_arms") or {}, dict(_own_arm(given) for given in args.own_arm)
+    names = args.arms or [*(config.get("arms") or ["baseline", "rdrop"]), *own]
     seeds = args.seeds or config.get("seeds") or [0, 1, 2]
     tuning_seeds = args.tuning_seeds or config.get("tuning_seeds") or [max(seeds) + 100]
     trials = args.trials or config.get("trials") or 8
@@ -112,7 +117,7 @@ def parse(argv: Sequence[str] | None, description: str | None = None) -> Compari
         raise ValueError(f"--tuning_share is a share of the training rows between 0 and 1; got {args.tuning_share}.")
     return Comparison(
         tasks=[check_task(task) for task in tasks],
-        arms=make_arms(names, own, args.tuned_arms or config.get("tuned_arms") or ()),
+        arms=make_arms([*names, *more], own | more, args.tuned_arms or config.get("tuned_arms") or ()),
         seeds=seeds,
         tuning_seeds=tuning_seeds,
         trials=trials,

@@ -125,7 +125,7 @@ GRID = {"learning_rate": [1e-5, 1e-4], "rdrop_dropout": [0.1, 0.2, 0.3]}
 
 
 def arguments_of(name, settings=None, task=TASK, own=None):
-    arm = next(arm for arm in make_arms([name] if own is None else [], own or {}) if arm.name == name)
+    arm = next(arm for arm in make_arms([name], own or {}) if arm.name == name)
     return list(run_arguments(task, arm, settings or {}, seed=7))
 
 
@@ -160,7 +160,7 @@ def test_own_arms_are_lines_of_arguments():
         "trunk": "rdrop --rdrop_shared_layers 4",
         "r1": "--rdrop_alpha=1",
     }
-    arms = {arm.name: arm for arm in make_arms(["rdrop"], lines)}
+    arms = {arm.name: arm for arm in make_arms(["rdrop", *lines], lines)}
     assert list(arms) == ["baseline", "rdrop", "smooth", "trunk", "r1"]  # never without the baseline
     assert [arms[name].settings_of for name in lines] == ["smooth", "rdrop", "r1"]
     settings = {"rdrop_alpha": 5, "learning_rate": 0.1}
@@ -255,6 +255,12 @@ def test_config_file(tmp_path):
     assert texts.tune == {"learning_rate": [1e-5, 0.001], "rdrop_alpha": [1, 2]}
     assert [arm.name for arm in comparison.arms] == ["baseline", "doubled", "trunk"]
     assert (comparison.seeds, comparison.trials, comparison.jobs) == ([3, 4], 2, 3)
+    fixed = ["--config", str(path), "--output_dir", str(tmp_path / "out")]
+    part = parse([*fixed, "--tasks", "texts", "--arms", "trunk", "--seeds", "9", "--own_arm", "x=--do_eval"])
+    assert [task.name for task in part.tasks] == ["texts"] and part.seeds == [9]
+    assert [arm.name for arm in part.arms] == ["baseline", "trunk", "x"]
+    with pytest.raises(ValueError, match="has only tags, texts"):
+        parse([*fixed, "--tasks", "images"])
 
 
 @pytest.mark.parametrize(
@@ -300,6 +306,7 @@ ONE_TASK = ["--script", "run_ner.py", "--metric", "eval_f1", "--output_dir", "x"
         (["--demo", "--seeds", "1", "1"], "all be different"),
         (["--demo", "--jobs", "0"], "--jobs and --trials must be at least 1"),
         (["--demo", "--", "--do_train"], "--demo brings its own"),
+        (["--demo", "--tasks", "ner"], "tasks of --config"),
         (["--config", "missing.yaml", "--output_dir", "x"], "cannot be read"),
         ([*ONE_TASK, "--", "--seed", "1"], "--seed is set for each run"),
         ([*ONE_TASK, "--", "--validation_from_train=0.5"], "--validation_from_train is set for each run"),
