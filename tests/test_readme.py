@@ -6,14 +6,20 @@ from pathlib import Path
 
 import benchmark
 import compare
+import consistency
 import init_model
 import pytest
 import run_glue
 import run_ner
 import run_translation
+import sweep
 import torch
 from common import parse_arguments
+from comparison_config import parse
+from comparison_tuning import choose, plan_trials
 from conftest import make_model, make_rows
+from torch.utils.data import DataLoader
+from transformers import default_data_collator
 
 README = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
 SCRIPTS = {
@@ -51,20 +57,42 @@ def test_python_examples(block, tmp_path, monkeypatch):
         "eval_dataset": rows,
         "inputs": {name: torch.tensor([row[name] for row in rows]) for name in ("input_ids", "attention_mask")},
         "labels": torch.tensor([row["labels"] for row in rows]),
+        "dataloader": DataLoader(rows, batch_size=4, collate_fn=default_data_collator),
     }
     names["model"].train()
     exec(block, names)
 
 
+def check_comparison(comparison):
+    runs = compare.plan(comparison, choose(comparison, plan_trials(comparison), guess=True))
+    assert {run.arm for run in runs} >= {"baseline", "rdrop"}
+    for run in runs:
+        parse_arguments(SCRIPTS[run.script], [*run.arguments, "--output_dir", "x"], None)
+
+
 @pytest.mark.parametrize("command", commands())
-def test_bash_examples_parse(command):
+def test_bash_examples_parse(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     _, script, *arguments = shlex.split(command)
     script = Path(script).name
     if script == "compare.py":
-        args = compare.parse(arguments)
-        script, arguments = args.script, [*args.arguments, "--output_dir", "x"]
+        check_comparison(parse(arguments))
+        return
+    if script in ("sweep.py", "consistency.py"):
+        for model in re.findall(r"=(outputs/\S+)", command):
+            Path(model).mkdir(parents=True)
+            (Path(model) / "config.json").touch()
+        args = {"sweep.py": sweep, "consistency.py": consistency}[script].parse(arguments)
+        script, arguments = args.script, [*args.arguments, "--model_name_or_path=x", "--output_dir=x"]
     parse_arguments(SCRIPTS[script], arguments, None)
 
 
+@pytest.mark.parametrize("block", blocks("yaml"))
+def test_configurations_parse(block, tmp_path, monkeypatch):
+    monkeypatch.setenv("DATA", "data")
+    (tmp_path / "comparison.yaml").write_text(block)
+    check_comparison(parse(["--config", str(tmp_path / "comparison.yaml"), "--output_dir", "x"]))
+
+
 def test_there_is_something_to_test():
-    assert len(blocks("python")) >= 3 and len(commands()) >= 6
+    assert len(blocks("python")) >= 3 and len(commands()) >= 6 and len(blocks("yaml")) == 1
