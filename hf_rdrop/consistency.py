@@ -13,11 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .batch import get_batch_size, map_tensors
 from .dropout import dropout_off, inspect_dropout
-from .heads import find_logits, resolve_head, shifted_labels
+from .heads import find_logits, predicts_next_token, resolve_head, shifted_labels
 from .pass_sums import PassSums
 
 
@@ -136,7 +135,7 @@ def measure_consistency(
     """
     check_measurable(model, num_samples)
     base: nn.Module = getattr(model, "get_base_model", lambda: model)()  # without PEFT's adapter
-    shifts = _predicts_next_token(base)
+    shifts = predicts_next_token(base)
     device = next(base.parameters()).device
     total, items = torch.zeros(0, dtype=torch.float64), 0
     kept: list[tuple[np.ndarray, np.ndarray]] = []
@@ -226,11 +225,6 @@ def _with_labels(inputs: Mapping[str, Any], device: torch.device) -> tuple[dict[
         )
     moved = {name: map_tensors(lambda tensor: tensor.to(device), value) for name, value in inputs.items()}
     return moved, moved["labels"]
-
-
-def _predicts_next_token(model: nn.Module) -> bool:
-    is_pair = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    return type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() and not is_pair
 
 
 @contextmanager

@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .batch import stack_passes
 from .functional import AGREEMENTS
@@ -25,6 +26,12 @@ class Head(NamedTuple):
     def agreement(self, logits: Tensor, passes: int) -> Tensor:
         """Mean disagreement of the passes for the logits `[m * B, ...]` of a repeated batch."""
         return AGREEMENTS[self.problem_type](stack_passes(logits, passes), self.mask)
+
+
+def predicts_next_token(model: nn.Module) -> bool:
+    """Whether the head scores position t against label t + 1 (causal language models)."""
+    is_pair = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() and not is_pair
 
 
 def valid_items(labels: Tensor, shift_labels: bool = False) -> Tensor:

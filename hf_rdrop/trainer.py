@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .batch import NON_BATCH_INPUTS, first_rows, get_batch_size, repeat_batch
 from .checks import check_batch, check_training_setup
 from .dropout import inspect_dropout, set_dropout
 from .economies import Economies
-from .heads import find_logits, resolve_head, valid_items
+from .heads import find_logits, predicts_next_token, resolve_head, valid_items
 from .loss_log import INERT_SHARE, INERT_STEPS, LossLog
 from .training_args import RDropArguments
 
@@ -114,10 +113,7 @@ class RDropMixin(_AnyTrainer):
     @property
     def shifts_labels(self) -> bool:
         """Whether the head scores position t against label t + 1 (causal language models)."""
-        model = self.base_model
-        return type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() and not getattr(
-            getattr(model, "config", None), "is_encoder_decoder", False
-        )
+        return predicts_next_token(self.base_model)
 
     @property
     def user_of_outputs(self) -> str | None:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ import datasets
 from data_files import closest
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
+LOWER_IS_BETTER = re.compile(r"(loss|nll|ece|brier|mse|perplexity)$")  # by the end of a metric's name
 LAST_RESULT_FILE = "all_results.json"  # written after everything else: only a finished run has it
 RESULT_FILES = (
     *("train_results.json", "eval_results.json", "predict_results.json", "trainer_state.json"),

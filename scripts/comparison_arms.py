@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from common import LOWER_IS_BETTER
 from comparison_statistics import BASELINE
 from data_files import closest
 
@@ -136,7 +137,7 @@ def check_task(task: Task) -> Task:
     """
     if task.script not in SCRIPTS:
         raise ValueError(f"task {task.name}: script must be one of {', '.join(SCRIPTS)}; got {task.script!r}.")
-    if re.search(r"(loss|nll|ece|brier|mse|perplexity)$", task.metric or ""):
+    if LOWER_IS_BETTER.search(task.metric or ""):
         raise ValueError(f"--metric {task.metric} is better when lower: choose a score that is better when higher.")
     for name in SET_BY_COMPARE:
         if any(argument == f"--{name}" or argument.startswith(f"--{name}=") for argument in task.arguments):

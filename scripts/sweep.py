@@ -24,7 +24,6 @@ import argparse
 import logging
 import math
 import os
-import re
 import shlex
 import tempfile
 from collections.abc import Sequence
@@ -35,7 +34,7 @@ from typing import Any
 import run_glue
 import run_ner
 import run_translation
-from common import cli
+from common import LOWER_IS_BETTER, cli
 from rich.console import Console
 from run_queue import check_same_comparison
 from sweep_report import Sweep, Trial, terminal_table, write_report
@@ -49,7 +48,6 @@ SCRIPTS = {"run_glue.py": run_glue, "run_ner.py": run_ner, "run_translation.py":
 # are those of fine-tuning (training from scratch wants higher ones).
 RANGES = {"rdrop_alpha": (0.1, 5.0), "rdrop_dropout": (0.05, 0.3), "learning_rate": (1e-5, 1e-4)}
 SET_HERE = (*RANGES, "output_dir", "validation_from_train", "eval_strategy", "save_strategy")
-LOWER_IS_BETTER = re.compile(r"(loss|nll|ece|brier|mse|perplexity)$")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

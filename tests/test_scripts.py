@@ -201,9 +201,9 @@ def test_predicted_labels_are_names_of_the_data(tmp_path, encoder):
 @pytest.mark.parametrize(
     ("task", "kind", "metrics"),
     [
-        ("mrpc", "pairs", {"accuracy", "f1", "combined_score"}),
+        ("mrpc", "pairs", {"accuracy", "f1", "combined_score", "ece", "nll", "brier"}),
         ("stsb", "regression", {"pearson", "spearmanr", "combined_score"}),
-        ("mnli", "three-way", {"accuracy"}),
+        ("mnli", "three-way", {"accuracy", "ece", "nll", "brier"}),
     ],
 )
 def test_glue_task_on_local_files(tmp_path, encoder, task, kind, metrics):
