@@ -24,11 +24,11 @@ runs not finished; more seeds, arms and tasks can be added in the same way.
 from collections.abc import Sequence
 
 from common import cli
-from comparison_arms import run_arguments
-from comparison_config import Comparison, parse
-from comparison_demo import write_demo_inputs
-from comparison_results import check_folder, describe, list_runs, take_runs, write_results
-from comparison_tuning import choose, plan_trials
+from comparison.arms import run_arguments
+from comparison.config import Comparison, parse
+from comparison.demo import write_demo_inputs
+from comparison.results import check_folder, describe, list_runs, take_runs, write_results
+from comparison.tuning import choose, plan_trials
 from rich.console import Console
 from run_queue import Run, run_all
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from comparison_style import Style, panels, save, styles, tidy
+from comparison.style import Style, panels, save, styles, tidy
 from data_files import closest
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch

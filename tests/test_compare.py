@@ -10,10 +10,10 @@ from pathlib import Path
 
 import compare
 import pytest
-from comparison_arms import BUILT_IN, Task, candidates, make_arms, run_arguments, split_line
-from comparison_config import parse
-from comparison_results import check_folder, take_runs
-from comparison_tuning import choose, plan_trials
+from comparison.arms import BUILT_IN, Task, candidates, make_arms, run_arguments, split_line
+from comparison.config import parse
+from comparison.results import check_folder, take_runs
+from comparison.tuning import choose, plan_trials
 from run_queue import SCRIPTS, Run, run_all
 
 # A stand-in for a training script: writes its arguments as results, or fails.

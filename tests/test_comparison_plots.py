@@ -4,11 +4,11 @@ import itertools
 
 import matplotlib.pyplot as plt
 import pytest
-from comparison_curves import plot_alphas, plot_curves
+from comparison.curves import plot_alphas, plot_curves
+from comparison.plots import pareto_front, plot_all, plot_gains, plot_pareto
+from comparison.rows import make_report
+from comparison.style import fullest, place_labels, styles
 from comparison_data import ARMS, METRICS, make_choices, make_runs
-from comparison_plots import pareto_front, plot_all, plot_gains, plot_pareto
-from comparison_rows import make_report
-from comparison_style import fullest, place_labels, styles
 from PIL import Image
 
 

@@ -6,10 +6,10 @@ import math
 from pathlib import Path
 
 import pytest
+from comparison.report import as_json, markdown, terminal_table
+from comparison.rows import make_report
+from comparison.statistics import bootstrap_interval
 from comparison_data import ARMS, METRICS, make_choices, make_run, make_runs
-from comparison_report import as_json, markdown, terminal_table
-from comparison_rows import make_report
-from comparison_statistics import bootstrap_interval
 from rich.console import Console
 
 

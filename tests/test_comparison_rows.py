@@ -3,9 +3,9 @@
 import math
 
 import pytest
-from comparison_cost import MIN_EXTRA_COST, Cost, gain_per_cost
+from comparison.cost import MIN_EXTRA_COST, Cost, gain_per_cost
+from comparison.rows import AVERAGE, make_report, trial_scores
 from comparison_data import ARMS, METRICS, make_run, make_runs
-from comparison_rows import AVERAGE, make_report, trial_scores
 
 
 def test_scores_are_points_and_differences_paired():

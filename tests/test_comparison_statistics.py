@@ -6,7 +6,7 @@ import warnings
 
 import numpy as np
 import pytest
-from comparison_statistics import (
+from comparison.statistics import (
     bootstrap_interval,
     difference,
     holm,

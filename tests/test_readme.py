@@ -15,8 +15,8 @@ import run_translation
 import sweep
 import torch
 from common import parse_arguments
-from comparison_config import parse
-from comparison_tuning import choose, plan_trials
+from comparison.config import parse
+from comparison.tuning import choose, plan_trials
 from conftest import make_model, make_rows
 from torch.utils.data import DataLoader
 from transformers import default_data_collator

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
-from comparison_statistics import BASELINE
 from matplotlib.patheffects import withStroke
 from matplotlib.transforms import Bbox
 from PIL import Image
+
+from comparison.statistics import BASELINE
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

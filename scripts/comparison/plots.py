@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from comparison_curves import Choices, plot_alphas, plot_curves
-from comparison_rows import AVERAGE, Report
-from comparison_statistics import BASELINE
-from comparison_style import fullest, panels, place_labels, save, styles, tidy
-from comparison_tables import short_name
+from comparison.curves import Choices, plot_alphas, plot_curves
+from comparison.rows import AVERAGE, Report
+from comparison.statistics import BASELINE
+from comparison.style import fullest, panels, place_labels, save, styles, tidy
+from comparison.tables import short_name
 
 
 def plot_all(

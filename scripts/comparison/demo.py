@@ -5,8 +5,9 @@ from pathlib import Path
 
 import demo_data
 import init_model
-from comparison_arms import Task
 from transformers.utils import logging
+
+from comparison.arms import Task
 
 # Model and training of each demo task: sizes for init_model.py, then the script's own arguments. They were chosen by
 # looking at plain training: long enough that it overfits and its score has stopped rising. (Translation had 20 epochs

@@ -6,11 +6,12 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from comparison_rows import RDROP, points, trial_scores
-from comparison_statistics import BASELINE
-from comparison_style import DPI, GREYS, fullest, panels, save, styles, tidy
-from comparison_tables import plain, short_name
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
+from comparison.rows import RDROP, points, trial_scores
+from comparison.statistics import BASELINE
+from comparison.style import DPI, GREYS, fullest, panels, save, styles, tidy
+from comparison.tables import plain, short_name
 
 Choices = Mapping[tuple[str, str], Mapping[str, Any]]
 

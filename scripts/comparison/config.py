@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 import yaml
-from comparison_arms import BUILT_IN, SCRIPTS, Arm, Task, check_task, make_arms, split_line
-from comparison_demo import demo_tasks
 from data_files import closest
+
+from comparison.arms import BUILT_IN, SCRIPTS, Arm, Task, check_task, make_arms, split_line
+from comparison.demo import demo_tasks
 
 TASK_KEYS = ("script", "metric", "arguments", "rdrop_alpha", "tune")
 CONFIG_KEYS = ("tasks", "arguments", "arms", "own_arms", "tuned_arms", "tune", "trials", "seeds", "tuning_seeds")

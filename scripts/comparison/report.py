@@ -6,9 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from comparison_rows import AVERAGE, Report, points, trial_scores
-from comparison_statistics import MIN_SEEDS, SIGNIFICANT
-from comparison_tables import (
+from rich import box
+from rich.table import Table
+
+from comparison.rows import AVERAGE, Report, points, trial_scores
+from comparison.statistics import MIN_SEEDS, SIGNIFICANT
+from comparison.tables import (
     NOTHING,
     control_table,
     cost_table,
@@ -25,8 +28,6 @@ from comparison_tables import (
     table_lines,
     task_table,
 )
-from rich import box
-from rich.table import Table
 
 
 def markdown(

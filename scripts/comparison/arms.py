@@ -10,9 +10,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from common import LOWER_IS_BETTER
-from comparison_statistics import BASELINE
 from data_files import closest
 
+from comparison.statistics import BASELINE
 from hf_rdrop.loss import check_alpha
 
 SCRIPTS = ("run_glue.py", "run_ner.py", "run_translation.py")

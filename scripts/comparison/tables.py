@@ -4,8 +4,8 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from comparison_rows import AVERAGE, CONTROLS, Report, Row
-from comparison_statistics import BASELINE, SIGNIFICANT, Difference
+from comparison.rows import AVERAGE, CONTROLS, Report, Row
+from comparison.statistics import BASELINE, SIGNIFICANT, Difference
 
 NOTHING = "–"
 

@@ -5,9 +5,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from comparison_arms import BUILT_IN, Arm, candidates, run_arguments
-from comparison_config import Comparison
 from run_queue import Run
+
+from comparison.arms import BUILT_IN, Arm, candidates, run_arguments
+from comparison.config import Comparison
 
 Trials = dict[Run, dict[str, Any]]  # the settings that each tuning run tries, with its arm
 Choices = dict[tuple[str, str], dict[str, Any]]  # by task and arm: settings, trials, taken_from

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from comparison_cost import Cost, cost_ratios, gain_per_cost, mean_cost, share_kept
-from comparison_statistics import BASELINE, Difference, difference, holm, spread_ratio, with_holm
+from comparison.cost import Cost, cost_ratios, gain_per_cost, mean_cost, share_kept
+from comparison.statistics import BASELINE, Difference, difference, holm, spread_ratio, with_holm
 
 RDROP = "rdrop"
 # What R-Drop has to beat besides the baseline: as many forward passes, and as many rows in a step.

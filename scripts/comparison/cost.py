@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from comparison_statistics import Difference
+from comparison.statistics import Difference
 
 # A time ratio closer to 1 than this is noise, and a gain divided by it would be too.
 MIN_EXTRA_COST = 0.05

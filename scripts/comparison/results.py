@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from common import LAST_RESULT_FILE, read_json, write_file, write_json
-from comparison_config import Comparison
-from comparison_plots import plot_all
-from comparison_report import as_json, markdown, terminal_table
-from comparison_rows import make_report
 from rich.console import Console
 from run_queue import RUN_FILE, Run
+
+from comparison.config import Comparison
+from comparison.plots import plot_all
+from comparison.report import as_json, markdown, terminal_table
+from comparison.rows import make_report
 
 MARKER = "settings.json"
 PACKAGES = ("hf_rdrop", "torch", "transformers", "accelerate", "datasets")
