@@ -28,9 +28,9 @@ from comparison.arms import run_arguments
 from comparison.config import Comparison, parse
 from comparison.demo import write_demo_inputs
 from comparison.results import check_folder, describe, list_runs, take_runs, write_results
-from comparison.tuning import choose, plan_trials
+from comparison.tuning import Trials, choose, plan_trials
 from rich.console import Console
-from run_queue import Run, run_all
+from run_queue import Run, run_all, sole_user
 
 
 def plan(comparison: Comparison, choices: dict) -> list[Run]:
@@ -55,17 +55,23 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     """Run the comparison; returns the rows of the report as dicts."""
     comparison = parse(argv, __doc__)
     console = Console()
-    metrics = {task.name: task.metric for task in comparison.tasks}
     trials = plan_trials(comparison)
     if comparison.dry_run:
         # What tuning will choose is not known yet, so every arm is shown with its first candidate.
         list_runs(console, comparison, [*trials, *plan(comparison, choose(comparison, trials, guess=True))])
         return []
     check_folder(comparison.folder)
+    with sole_user(comparison.folder):
+        return run_comparison(comparison, trials, console)
+
+
+def run_comparison(comparison: Comparison, trials: Trials, console: Console) -> list[dict]:
+    """Tune, train and report what has not finished; returns the rows of the report as dicts."""
     for run in trials:
         run.check()
     if comparison.demo:
         write_demo_inputs(comparison.folder, comparison.seeds)
+    metrics = {task.name: task.metric for task in comparison.tasks}
     failed: dict[Run, str] = {}
     take_runs(list(trials), comparison.take_from)
     if trials and not comparison.report_only:

@@ -7,13 +7,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
+import psutil
+import torch
 from common import LAST_RESULT_FILE, read_json, write_json
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -90,7 +95,7 @@ def run_all(
 
     Args:
         runs: in the order in which to start them.
-        jobs: how many at once; the cores are divided among them.
+        jobs: how many at once; the cores are divided among them, and so are the GPUs when there are several.
         describe: a line about a finished run.
         console: where to show progress.
         keep_models: whether to keep the trained weights of finished runs.
@@ -102,7 +107,10 @@ def run_all(
     with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console) as progress:
         bar = progress.add_task("Training", total=len(runs), completed=len(runs) - len(waiting))
         with ThreadPoolExecutor(jobs) as pool:
-            futures = {pool.submit(_run, run, jobs, processes): run for run in waiting}
+            slots: SimpleQueue[int] = SimpleQueue()
+            for slot in range(jobs):
+                slots.put(slot)
+            futures = {pool.submit(_run, run, jobs, slots, processes): run for run in waiting}
             previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the children are ended too
             try:
                 for future in as_completed(futures):
@@ -123,27 +131,72 @@ def run_all(
     return failed
 
 
-def _run(run: Run, jobs: int, processes: set[subprocess.Popen]) -> str | None:
+def visible_gpus() -> list[str]:
+    """The CUDA devices that runs may use, as CUDA_VISIBLE_DEVICES names them."""
+    if not torch.cuda.is_available():
+        return []
+    given = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return given or [str(index) for index in range(torch.cuda.device_count())]
+
+
+def _run(run: Run, jobs: int, slots: "SimpleQueue[int]", processes: set[subprocess.Popen]) -> str | None:
     """Run one process to its end; returns None, or why it failed."""
+    _end_orphan(run)
     if run.output.exists():
         shutil.rmtree(run.output)  # what a killed run of ours has left
     run.folder.mkdir(parents=True, exist_ok=True)
-    write_json(run.folder / RUN_FILE, {"command": run.command[1:]})
     threads = max(1, (os.cpu_count() or 1) // jobs)
     env = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
     env["PYTHONUNBUFFERED"] = "1"  # the log shows how far the run is
+    slot, gpus = slots.get(), visible_gpus()
+    if len(gpus) > 1:
+        env["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
     log = run.folder / "log.txt"
     started = time.monotonic()
     with log.open("w", encoding="utf-8") as stream:
         process = subprocess.Popen(run.command, stdout=stream, stderr=stream, env=env, start_new_session=True)
         processes.add(process)
+        write_json(run.folder / RUN_FILE, {"command": run.command[1:], "pid": process.pid})
         status = process.wait()
         processes.discard(process)
+    slots.put(slot)
     if status == 0 and run.results():
         write_json(run.folder / RUN_FILE, {"command": run.command[1:], "seconds": time.monotonic() - started})
         return None
     last = "\n".join(log.read_text("utf-8", errors="replace").strip().splitlines()[-3:])
     return f"exit status {status}; the end of {log}:\n{last}"
+
+
+def _end_orphan(run: Run) -> None:
+    """End the process of this run that a killed comparison has left behind: both would write into one folder."""
+    started = read_json(run.folder / RUN_FILE)
+    try:
+        orphan = psutil.Process(started["pid"])
+        if orphan.cmdline()[1:] == started["command"]:
+            orphan.kill()
+            orphan.wait(60)
+    except (KeyError, psutil.NoSuchProcess, psutil.AccessDenied):
+        pass
+
+
+@contextmanager
+def sole_user(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process; the lock goes with the process, however that ends.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(
+            f"another process is at work in {folder}: wait for its end, or choose another folder."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def check_same_comparison(folder: Path, settings: dict[str, Any]) -> None:

@@ -36,7 +36,7 @@ import run_ner
 import run_translation
 from common import LOWER_IS_BETTER, cli
 from rich.console import Console
-from run_queue import check_same_comparison
+from run_queue import check_same_comparison, sole_user
 from sweep_report import Sweep, Trial, terminal_table, write_report
 from sweep_search import LOG_SCALE, run_trials
 from transformers import PrinterCallback, ProgressCallback, Trainer
@@ -177,17 +177,18 @@ def search(trainer: Trainer, args: argparse.Namespace, settings: dict[str, Any])
         write_report(sweep, folder, LOG_SCALE, command, settings=settings)
         return sweep
 
-    trials = run_trials(
-        trainer,
-        {name: values for name in RANGES if len(values := getattr(args, name)) == 2},
-        args.metric,
-        minimize=minimize,
-        num_trials=args.num_trials,
-        seed=args.seed,
-        storage=folder / "trials.db",
-        console=console,
-        report=report,
-    )
+    with sole_user(folder):
+        trials = run_trials(
+            trainer,
+            {name: values for name in RANGES if len(values := getattr(args, name)) == 2},
+            args.metric,
+            minimize=minimize,
+            num_trials=args.num_trials,
+            seed=args.seed,
+            storage=folder / "trials.db",
+            console=console,
+            report=report,
+        )
     sweep = report(trials)
     if not sweep.ranked:
         raise ValueError(f"none of the {len(trials)} trials was completed. The last: {trials[-1].error}")

@@ -14,7 +14,7 @@ from comparison.arms import BUILT_IN, Task, candidates, make_arms, run_arguments
 from comparison.config import parse
 from comparison.results import check_folder, take_runs
 from comparison.tuning import choose, plan_trials
-from run_queue import SCRIPTS, Run, run_all
+from run_queue import SCRIPTS, Run, run_all, sole_user
 
 # A stand-in for a training script: writes its arguments as results, or fails.
 SCRIPT = """
@@ -76,6 +76,45 @@ def test_ending_the_comparison_ends_its_runs(script, tmp_path):
     assert process.wait(30) == 143
     left = [pid for pid in os.listdir("/proc") if pid.isdigit() and script in _command_line(pid)]
     assert left == [] and not (tmp_path / "r" / "output" / "all_results.json").exists()
+
+
+def test_the_run_of_a_comparison_that_was_killed_is_ended_before_it_starts_anew(script, tmp_path):
+    run = make_run(script, tmp_path / "runs", 1, "--sleep", "1")
+    (tmp_path / "runs" / "seed-1").mkdir(parents=True)
+    orphan = subprocess.Popen([*run.command, "--sleep", "60"])
+    record = {"command": orphan.args[1:], "pid": orphan.pid}
+    (run.folder / "run.json").write_text(json.dumps(record))
+    deadline = time.monotonic() + 30
+    while not run.output.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert run_all([run], 1, lambda run: "") == {}
+    orphan.wait(5)  # raises while it lives
+    assert run.results()
+    (run.folder / "run.json").write_text(json.dumps({"command": ["other"], "pid": os.getpid()}))
+    (run.output / "all_results.json").unlink()
+    assert run_all([run], 1, lambda run: "") == {}  # the pid is somebody else's now, ours: we live
+
+
+def test_a_folder_is_used_by_one_process_at_a_time(tmp_path):
+    with sole_user(tmp_path):
+        code = f"import sys; sys.path.insert(0, {str(SCRIPTS)!r})\nfrom pathlib import Path\n"
+        code += f"from run_queue import sole_user\nwith sole_user(Path({str(tmp_path)!r})): print('in')"
+        other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert "another process is at work" in other.stderr and not other.stdout
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "in\n"
+
+
+def test_several_gpus_are_divided_among_the_runs(tmp_path, monkeypatch):
+    path = tmp_path / "which.py"
+    path.write_text(
+        SCRIPT.replace(
+            '{"eval_f1": float(args["--value"])', '{"gpu": __import__("os").environ["CUDA_VISIBLE_DEVICES"]'
+        )
+    )
+    monkeypatch.setattr("run_queue.visible_gpus", lambda: ["3", "5"])
+    runs = [make_run(str(path), tmp_path / "runs", seed, "--sleep", "1") for seed in range(4)]
+    assert run_all(runs, 2, lambda run: "") == {}
+    assert sorted(run.results()["gpu"] for run in runs) == ["3", "3", "5", "5"]
 
 
 def _command_line(pid):

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 import yaml
 from data_files import closest
+from run_queue import visible_gpus
 
 from comparison.arms import BUILT_IN, SCRIPTS, Arm, Task, check_task, make_arms, split_line
 from comparison.demo import demo_tasks
@@ -55,7 +57,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     add("--tuned_arms", nargs="+", metavar="ARM", help="arms with a search of their own (default: all)")
     add("--tuning_share", type=float, default=0.2, help="share of the training rows that trials are scored on")
     add("--output_dir", type=Path, help="where to write (default: outputs/demo for --demo)")
-    add("--jobs", type=int, help="runs at once (default: one a CPU core, or one with an accelerator)")
+    add("--jobs", type=int, help="runs at once (default: one a GPU, or one a CPU core without)")
     add("--keep_models", action="store_true", help="keep the trained weights of the compared runs")
     add("--take_from", type=Path, nargs="+", default=[], help="comparison.json files with runs made elsewhere")
     add("--dry_run", action="store_true", help="list what would run, and stop")
@@ -134,10 +136,11 @@ def parse(argv: Sequence[str] | None, description: str | None = None) -> Compari
 
 
 def _default_jobs(tasks: Sequence[Task]) -> int:
-    on_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available()) or all(
-        "--use_cpu" in task.arguments for task in tasks
-    )
-    return max(1, torch.get_num_threads()) if on_cpu else 1
+    """One run for each GPU, or for each core where only these are used."""
+    accelerator = torch.cuda.is_available() or torch.backends.mps.is_available()
+    if accelerator and not all("--use_cpu" in task.arguments for task in tasks):
+        return max(1, len(visible_gpus()))
+    return os.cpu_count() or 1
 
 
 def _own_arm(given: str) -> tuple[str, str]:
