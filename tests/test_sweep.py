@@ -75,7 +75,8 @@ def swept(tmp_path_factory, inputs):
 def test_trials_and_their_report(swept):
     folder, best, report = swept
     assert {path.name for path in folder.iterdir()} == {
-        *("settings.json", "trials.db", "sweep.json", "sweep.md", "sweep.png")
+        ".lock",
+        *("settings.json", "trials.db", "sweep.json", "sweep.md", "sweep.png"),
     }
     trials = report["trials"]
     assert [trial["number"] for trial in trials] == list(range(9))
