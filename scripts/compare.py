@@ -86,7 +86,7 @@ def run_comparison(comparison: Comparison, trials: Trials, console: Console) -> 
         keep = comparison.keep_models
         failed |= run_all(runs, comparison.jobs, lambda run: describe(run, metrics[run.task]), console, keep)
 
-    rows = write_results(comparison, runs, choices, failed, console)
+    rows = write_results(comparison, list(trials), runs, choices, failed, console)
     if failed:
         reasons = "\n\n".join(f"{run.name}: {reason}" for run, reason in failed.items())
         raise ValueError(f"{len(failed)} of {len(trials) + len(runs)} runs failed; the others are kept.\n{reasons}")

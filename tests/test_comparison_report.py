@@ -93,7 +93,7 @@ def test_what_was_compared_chosen_and_failed():
     about = {"data": "own.jsonl", "seeds": [0, 1, 2], "versions": {"torch": "2.13", "scipy": "1.17"}}
     failed = {"mt / rdrop / seed 3": "exit status 1; the end of log.txt:\nValueError: no | such file"}
     text = markdown(make_report(runs, METRICS, ARMS), about, make_choices(), failed, [Path("x/gains.png")])
-    assert "- data: own.jsonl\n- seeds: 0, 1, 2\n- versions: torch 2.13, scipy 1.17\n" in text
+    assert "- data: own.jsonl\n- seeds: 0, 1, 2\n- versions\n  - torch: 2.13\n  - scipy: 1.17\n" in text
     assert "![gains](gains.png)" in text
     assert "| task | arm | dropout | rdrop_alpha | trials | score there |" in text
     assert cells(text, "Settings", "baseline") == ["ner", "baseline", "0.2", "–", "3", "44.00"]

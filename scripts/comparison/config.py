@@ -1,6 +1,7 @@
 """What compare.py is asked for: the command line, or a YAML file for several tasks at once."""
 
 import argparse
+import itertools
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -53,7 +54,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     add("--seeds", type=int, nargs="+", help="seeds of each arm (default: 0 1 2)")
     add("--tune", nargs="+", metavar="NAME=A,B", help="values to try, such as learning_rate=2e-5,5e-5")
     add("--trials", type=int, help="settings tried for each tuned arm (default: 8)")
-    add("--tuning_seeds", type=int, nargs="+", help="seeds of the trials (default: one that --seeds does not have)")
+    add("--tuning_seeds", type=int, nargs="+", help="seeds of the trials (default: 1000)")
     add("--tuned_arms", nargs="+", metavar="ARM", help="arms with a search of their own (default: all)")
     add("--tuning_share", type=float, default=0.2, help="share of the training rows that trials are scored on")
     add("--output_dir", type=Path, help="where to write (default: outputs/demo for --demo)")
@@ -106,7 +107,11 @@ def parse(argv: Sequence[str] | None, description: str | None = None) -> Compari
     own, more = config.get("own_arms") or {}, dict(_own_arm(given) for given in args.own_arm)
     names = args.arms or [*(config.get("arms") or ["baseline", "rdrop"]), *own]
     seeds = args.seeds or config.get("seeds") or [0, 1, 2]
-    tuning_seeds = args.tuning_seeds or config.get("tuning_seeds") or [max(seeds) + 100]
+    tuning_seeds = (
+        args.tuning_seeds
+        or config.get("tuning_seeds")
+        or [next(seed for seed in itertools.count(1000) if seed not in seeds)]
+    )
     trials = args.trials or config.get("trials") or 8
     jobs = args.jobs if args.jobs is not None else _default_jobs(tasks)
     for numbers, flag in ((seeds, "seeds"), (tuning_seeds, "tuning_seeds")):

@@ -41,14 +41,14 @@ def markdown(
 
     Args:
         report: the figures.
-        about: what was compared (data, model, settings, versions, ...): a line for each entry.
+        about: what was compared (data, model, settings, versions, ...): a line for each entry, also of nested ones.
         choices: settings by task and arm with the trials that they were chosen from.
         failed: reason by name of the run.
         plots: pictures in the same folder as the report.
     """
     parts = [
         ["# Comparison"],
-        [f"- {name}: {plain(value)}" for name, value in about.items()],
+        [line for name, value in about.items() for line in _about(name, value)],
         [line for path in plots for line in (f"![{path.stem}]({path.name})", "")][:-1],
         summary(report),
         *(task_table(report, task) for task in report.tables),
@@ -64,6 +64,12 @@ def markdown(
 
 
 # ---- Sections ----
+
+
+def _about(name: str, value: Any) -> list[str]:
+    if not isinstance(value, Mapping):
+        return [f"- {name}: {plain(value)}"]
+    return [f"- {name}", *(f"  - {inner}: {plain(of_inner)}" for inner, of_inner in value.items())]
 
 
 def _choice_table(report: Report, choices: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[str]:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import LAST_RESULT_FILE, read_json, write_file, write_json
+from common import LAST_RESULT_FILE, write_file, write_json
 from rich.console import Console
 from run_queue import RUN_FILE, Run
 
+from comparison.arms import Arm
 from comparison.config import Comparison
 from comparison.plots import plot_all
 from comparison.report import as_json, markdown, terminal_table
@@ -68,17 +69,18 @@ def take_runs(runs: Sequence[Run], files: Sequence[Path]) -> None:
     """
     for file in files:
         try:
-            made = {_key(*(run[name] for name in RUN_KEYS)): run for run in read_json(file)["runs"]}
+            found = json.loads(file.read_text("utf-8"))
+            made = {_key(*(run[name] for name in RUN_KEYS)): run for run in [*found["runs"], *found["trials"]]}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"--take_from {file} is no comparison.json ({type(error).__name__}: {error}).") from error
         for run in runs:
-            found = made.get(_key(run.task, run.arm, run.seed, run.arguments))
-            if found is not None and not run.results():
+            same = made.get(_key(run.task, run.arm, run.seed, run.arguments))
+            if same is not None and not run.results():
                 if run.output.exists():
                     shutil.rmtree(run.output)
                 run.output.mkdir(parents=True)
-                write_json(run.output / "trainer_state.json", {"log_history": found["history"]})
-                write_json(run.output / LAST_RESULT_FILE, found["metrics"])
+                write_json(run.output / "trainer_state.json", {"log_history": same["history"]})
+                write_json(run.output / LAST_RESULT_FILE, same["metrics"])
                 write_json(run.folder / RUN_FILE, {"command": run.command[1:], "taken_from": str(file)})
 
 
@@ -114,6 +116,7 @@ def setup() -> dict[str, Any]:
 
 def write_results(
     comparison: Comparison,
+    trials: Sequence[Run],
     runs: Sequence[Run],
     choices: Mapping[tuple[str, str], Mapping[str, Any]],
     failed: Mapping[Run, str],
@@ -132,10 +135,8 @@ def write_results(
     metrics = {name: task.metric for name, task in tasks.items()}
     report = make_report(records, metrics, [arm.name for arm in comparison.arms])
     about = {
-        "tasks": {
-            name: {"script": task.script, "arguments": " ".join(task.arguments)} for name, task in tasks.items()
-        },
-        "arms": {arm.name: " ".join(arm.arguments) or "as the task" for arm in comparison.arms},
+        "tasks": {name: f"`{task.script} {' '.join(task.arguments)}`" for name, task in tasks.items()},
+        "arms, beside the arguments of the task": {arm.name: _added(arm) for arm in comparison.arms},
         "tuning": _tuning(comparison),
         "setup": setup(),
     }
@@ -144,7 +145,8 @@ def write_results(
     write_file(folder / "comparison.md", markdown(report, about, choices, reasons, plots))
     chosen = [{"task": task, "arm": arm, **choice} for (task, arm), choice in choices.items()]
     figures = as_json(report)
-    everything = {"about": about, "choices": chosen, **figures, "failed": reasons, "runs": records}
+    tuning = [{**_record(run), "history": []} for run in trials if run.results()]
+    everything = {"about": about, "choices": chosen, **figures, "failed": reasons, "runs": records, "trials": tuning}
     lines = (f"{json.dumps(name)}: {_compact(value)}" for name, value in everything.items())
     write_file(folder / "comparison.json", "{\n" + ",\n".join(lines) + "\n}\n")
     console.print(terminal_table(report))
@@ -153,12 +155,23 @@ def write_results(
     return figures["rows"]
 
 
+def _added(arm: Arm) -> str:
+    """What an arm adds to the task's arguments, in words for a reader."""
+    words = [*([] if arm.sets_alpha else ["--rdrop_alpha", "ALPHA"]), *arm.arguments]
+    longer = f", {arm.epochs} times the epochs" if arm.epochs > 1 else ""
+    return f"`{' '.join(words)}`{longer}"
+
+
 def _tuning(comparison: Comparison) -> dict[str, Any]:
-    seeds = ", ".join(map(str, comparison.tuning_seeds))
+    """How the settings were chosen."""
+    tried = {f"tried for {task.name}": dict(task.tune) for task in comparison.tasks if task.tune}
+    if not tried:
+        return {"none": "every arm has the settings of its task"}
     return {
-        "scored on": f"{comparison.tuning_share:.0%} of the training rows, seed {seeds}",
-        "most trials of an arm": comparison.trials,
-        "tried": {task.name: dict(task.tune) for task in comparison.tasks if task.tune} or "nothing",
+        "scored on": f"{comparison.tuning_share:.0%} of the training rows, which are not trained on",
+        "seeds": comparison.tuning_seeds,
+        "settings tried for each tuned arm": f"{comparison.trials}, of all combinations where there are more",
+        **tried,
     }
 
 
