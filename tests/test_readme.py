@@ -73,6 +73,9 @@ def check_comparison(comparison):
 @pytest.mark.parametrize("command", commands())
 def test_bash_examples_parse(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "model_cards").symlink_to(Path(__file__).parents[1] / "model_cards")
+    for name in ("DATA", "ENCODER"):
+        monkeypatch.setenv(name, name.lower())
     _, script, *arguments = shlex.split(command)
     script = Path(script).name
     if script == "compare.py":
