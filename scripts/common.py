@@ -180,6 +180,12 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     write_file(path, json.dumps(values, indent=4, sort_keys=True) + "\n")
 
 
+def without_folders(argument: str) -> str:
+    """An argument as it can be shown to others: what lies on this machine by its last name only."""
+    name, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    return f"{name}{equals}{Path(value).name if value and Path(value).exists() else value}"
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """What a JSON file holds, or nothing when it is not there."""
     return json.loads(path.read_text("utf-8")) if path.is_file() else {}

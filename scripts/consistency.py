@@ -27,7 +27,7 @@ from typing import Any
 import run_glue
 import run_ner
 import run_translation
-from common import cli, read_json, write_file, write_json
+from common import cli, read_json, without_folders, write_file, write_json
 from consistency_report import choose_score, markdown_table, plot
 
 SCRIPTS: dict[str, Callable[[list[str]], Any]] = {
@@ -103,10 +103,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         score = choose_score(found[name], args.score)
     results = {
         "script": args.script,
-        "arguments": args.arguments,
+        "arguments": [without_folders(argument) for argument in args.arguments],
         "num_samples": args.num_samples,
         "score": score,
-        "folders": {name: str(model) for name, model in args.models.items()},
         "models": found,
     }
     table = markdown_table(found, score)

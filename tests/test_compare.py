@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -453,6 +454,16 @@ def test_a_failed_run_is_reported_and_the_rest_is_kept(stub, tmp_path):
     assert "it was to fail" in (tmp_path / "out" / "comparison.md").read_text()
     rows = compare.main(["--report_only", *line])
     assert [len(row["scores"]) for row in rows] == [3, 2]
+
+
+def test_trials_alone_are_kept_too(stub, tmp_path):
+    line = [*stub, "--rdrop_alpha", "1", "5", "--", "--x", "1"]
+    compare.main(line)
+    for folder in (tmp_path / "out" / "runs").iterdir():
+        shutil.rmtree(folder)
+    assert compare.main(["--report_only", *line]) == []
+    result = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert len(result["trials"]) == 2 and result["runs"] == [] and result["choices"][1]["settings"]
 
 
 def test_report_of_nothing(stub):

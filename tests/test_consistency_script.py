@@ -3,6 +3,7 @@
 import json
 import math
 
+import common
 import consistency
 import consistency_report
 import pytest
@@ -200,6 +201,13 @@ def test_command_lines_that_are_refused(tmp_path, trained, change, message):
     with pytest.raises(ValueError, match=message):
         consistency.main(argv)
     assert not (tmp_path / "out").exists()
+
+
+def test_results_can_be_shown_without_the_folders_of_this_machine(tmp_path):
+    (tmp_path / "dev.csv").touch()
+    given = ["--task_name", "mrpc", f"--validation_file={tmp_path / 'dev.csv'}", str(tmp_path / "dev.csv"), "--bf16"]
+    shown = ["--task_name", "mrpc", "--validation_file=dev.csv", "dev.csv", "--bf16"]
+    assert [common.without_folders(argument) for argument in given] == shown
 
 
 def test_same_name_twice_and_folders_of_others(tmp_path, trained):

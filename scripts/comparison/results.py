@@ -122,36 +122,37 @@ def write_results(
     failed: Mapping[Run, str],
     console: Console,
 ) -> list[dict[str, Any]]:
-    """Write the report of the runs that have finished, and print its table; returns the table's rows.
+    """Write what has finished, and print the table; returns the table's rows, none if only trials have finished.
 
     Raises:
-        ValueError: none has finished.
+        ValueError: nothing has finished.
     """
     folder, tasks = comparison.folder, {task.name: task for task in comparison.tasks}
     records = [_record(run) for run in runs if run.results()]
-    if not records:
-        reasons = "".join(f"\n{run.name}: {reason}" for run, reason in failed.items())
-        raise ValueError(f"no run of {folder} has finished: there is nothing to report.{reasons}")
-    metrics = {name: task.metric for name, task in tasks.items()}
-    report = make_report(records, metrics, [arm.name for arm in comparison.arms])
+    tried = [{**_record(run), "history": []} for run in trials if run.results()]
+    reasons = {run.name: reason.replace(str(folder), "OUTPUT") for run, reason in failed.items()}
+    if not records and not tried:
+        told = "".join(f"\n{name}: {reason}" for name, reason in reasons.items())
+        raise ValueError(f"no run of {folder} has finished: there is nothing to report.{told}")
     about = {
         "tasks": {name: f"`{task.script} {' '.join(task.arguments)}`" for name, task in tasks.items()},
         "arms, beside the arguments of the task": {arm.name: _added(arm) for arm in comparison.arms},
         "tuning": _tuning(comparison),
         "setup": setup(),
     }
-    reasons = {run.name: reason.replace(str(folder), "OUTPUT") for run, reason in failed.items()}
-    plots = plot_all(report, records, metrics, choices, folder)
-    write_file(folder / "comparison.md", markdown(report, about, choices, reasons, plots))
+    metrics = {name: task.metric for name, task in tasks.items()}
+    report = make_report(records, metrics, [arm.name for arm in comparison.arms])
+    figures, written = as_json(report), ["comparison.json"]
+    if records:
+        plots = plot_all(report, records, metrics, choices, folder)
+        write_file(folder / "comparison.md", markdown(report, about, choices, reasons, plots))
+        written += ["comparison.md", *(path.name for path in plots)]
+        console.print(terminal_table(report))
     chosen = [{"task": task, "arm": arm, **choice} for (task, arm), choice in choices.items()]
-    figures = as_json(report)
-    tuning = [{**_record(run), "history": []} for run in trials if run.results()]
-    everything = {"about": about, "choices": chosen, **figures, "failed": reasons, "runs": records, "trials": tuning}
+    everything = {"about": about, "choices": chosen, **figures, "failed": reasons, "runs": records, "trials": tried}
     lines = (f"{json.dumps(name)}: {_compact(value)}" for name, value in everything.items())
     write_file(folder / "comparison.json", "{\n" + ",\n".join(lines) + "\n}\n")
-    console.print(terminal_table(report))
-    names = ", ".join(["comparison.md", "comparison.json", *(path.name for path in plots)])
-    console.print(f"Written to {folder}: {names}, runs/", highlight=False)
+    console.print(f"Written to {folder}: {', '.join(written)}, runs/", highlight=False)
     return figures["rows"]
 
 
