@@ -301,6 +301,8 @@ def test_config_file(tmp_path):
     assert [arm.name for arm in part.arms] == ["baseline", "trunk", "x"]
     with pytest.raises(ValueError, match="has only tags, texts"):
         parse([*fixed, "--tasks", "images"])
+    with pytest.raises(ValueError, match="say it there"):
+        parse([*fixed, "--rdrop_alpha", "2"])
 
 
 @pytest.mark.parametrize(
@@ -321,6 +323,12 @@ def test_config_file(tmp_path):
         (CONFIG.replace("--train_file a.csv", "--train_file $NOWHERE_AT_ALL"), "is not set"),
         (CONFIG.replace("--train_file a.csv", "--seed 1"), "--seed is set for each run"),
         (CONFIG.replace("[1e-5, 0.001]", "0.1"), "needs a list"),
+        (CONFIG.replace("trials: 2", "trials: two"), "must be a whole number"),
+        (CONFIG.replace("trials: 2", "trials: 0"), "must be at least 1"),
+        (CONFIG.replace("rdrop_alpha: 3", "rdrop_alpha: high"), "rdrop_alpha must be a number"),
+        (CONFIG.replace("--task_name sst2", "[--task_name, sst2]"), "arguments must be text"),
+        (CONFIG.replace("{trunk: rdrop --rdrop_shared_layers 1}", "[trunk]"), "own_arms must be a mapping"),
+        (CONFIG.replace("rdrop --rdrop_shared_layers 1", "[1]"), "must be a line of arguments"),
     ],
 )
 def test_bad_config_is_refused_before_anything_is_written(text, message, tmp_path):
@@ -345,6 +353,7 @@ ONE_TASK = ["--script", "run_ner.py", "--metric", "eval_f1", "--output_dir", "x"
         (["--demo", "--rdrop_alpha", "1", "2"], "tunes nothing"),
         (["--demo", "--seeds", "1", "1"], "all be different"),
         (["--demo", "--jobs", "0"], "--jobs and --trials must be at least 1"),
+        (["--demo", "--trials", "0"], "--jobs and --trials must be at least 1"),
         (["--demo", "--", "--do_train"], "--demo brings its own"),
         (["--demo", "--tasks", "ner"], "tasks of --config"),
         (["--config", "missing.yaml", "--output_dir", "x"], "cannot be read"),

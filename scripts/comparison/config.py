@@ -17,8 +17,26 @@ from run_queue import visible_gpus
 from comparison.arms import BUILT_IN, SCRIPTS, Arm, Task, check_task, make_arms, split_line
 from comparison.demo import demo_tasks
 
-TASK_KEYS = ("script", "metric", "arguments", "rdrop_alpha", "tune")
-CONFIG_KEYS = ("tasks", "arguments", "arms", "own_arms", "tuned_arms", "tune", "trials", "seeds", "tuning_seeds")
+# What a YAML file may say, and of what type.
+TEXT, LIST, MAPPING = ("text", str), ("a list", list), ("a mapping", dict)
+TASK_KEYS = {
+    "script": TEXT,
+    "metric": TEXT,
+    "arguments": TEXT,
+    "rdrop_alpha": ("a number", (int, float)),
+    "tune": MAPPING,
+}
+CONFIG_KEYS = {
+    "tasks": MAPPING,
+    "arguments": TEXT,
+    "arms": LIST,
+    "own_arms": MAPPING,
+    "tuned_arms": LIST,
+    "tune": MAPPING,
+    "trials": ("a whole number", int),
+    "seeds": LIST,
+    "tuning_seeds": LIST,
+}
 
 
 @dataclass(frozen=True)
@@ -87,6 +105,8 @@ def parse(argv: Sequence[str] | None, description: str | None = None) -> Compari
         raise ValueError(
             f"{brings} brings its own data, metric and arguments: leave --metric and what follows -- out."
         )
+    if args.config and args.rdrop_alpha:
+        raise ValueError("--rdrop_alpha: with --config say it there, as rdrop_alpha of a task or under tune.")
     if args.demo and len(args.rdrop_alpha or []) > 1:
         raise ValueError("--demo tunes nothing: give one --rdrop_alpha.")
     folder = args.output_dir or Path("outputs/demo")
@@ -112,7 +132,7 @@ def parse(argv: Sequence[str] | None, description: str | None = None) -> Compari
         or config.get("tuning_seeds")
         or [next(seed for seed in itertools.count(1000) if seed not in seeds)]
     )
-    trials = args.trials or config.get("trials") or 8
+    trials = args.trials if args.trials is not None else config.get("trials", 8)
     jobs = args.jobs if args.jobs is not None else _default_jobs(tasks)
     for numbers, flag in ((seeds, "seeds"), (tuning_seeds, "tuning_seeds")):
         if not all(isinstance(n, int) and n >= 0 for n in numbers) or len(set(numbers)) < len(numbers):
@@ -183,25 +203,29 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"--config {path} cannot be read ({error.strerror}).") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"--config {path} is no valid YAML ({error}).") from error
-    if not isinstance(config, dict) or not isinstance(config.get("tasks"), dict) or not config["tasks"]:
+    if not isinstance(config, dict) or not config.get("tasks"):
         raise ValueError(f"--config {path} must hold `tasks:` with a name and arguments for each (see the README).")
-    _known(path, config, CONFIG_KEYS)
+    _check_keys(path, config, CONFIG_KEYS)
     for name, task in config["tasks"].items():
         if not isinstance(task, dict) or not {"script", "metric", "arguments"} <= task.keys():
             raise ValueError(f"--config {path}: task {name} needs script, metric and arguments.")
-        _known(path, task, TASK_KEYS)
-    for key in ("arms", "tuned_arms", "seeds", "tuning_seeds"):
-        if key in config and not isinstance(config[key], list):
-            raise ValueError(f"--config {path}: {key} must be a list, got {config[key]!r}.")
+        _check_keys(path, task, TASK_KEYS)
+    for name, line in (config.get("own_arms") or {}).items():
+        if not isinstance(name, str) or not isinstance(line, str):
+            raise ValueError(f"--config {path}: own_arms {name} must be a line of arguments, got {line!r}.")
     return config
 
 
-def _known(path: Path, given: Mapping[str, Any], known: Sequence[str]) -> None:
-    for key in given:
-        if key not in known:
-            raise ValueError(
-                f"--config {path}: unknown key {key!r}{closest(str(key), known)}. Known: {', '.join(known)}."
-            )
+def _check_keys(
+    path: Path, given: Mapping[str, Any], kinds: Mapping[str, tuple[str, type | tuple[type, ...]]]
+) -> None:
+    for key, value in given.items():
+        if key not in kinds:
+            known = ", ".join(kinds)
+            raise ValueError(f"--config {path}: unknown key {key!r}{closest(str(key), kinds)}. Known: {known}.")
+        name, kind = kinds[key]
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ValueError(f"--config {path}: {key} must be {name}, got {value!r}.")
 
 
 def _task(name: str, task: Mapping[str, Any], config: Mapping[str, Any]) -> Task:
