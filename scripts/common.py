@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
 from data_files import closest
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
@@ -77,6 +78,9 @@ def cli(main: Callable[[], Any]) -> None:
     """Run a script: an error of the user's ends it with one message and status 2, without a traceback."""
     try:
         main()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            # Left to the end of the interpreter, its threads may abort a process that has finished its work.
+            torch.distributed.destroy_process_group()
     except (ValueError, OSError) as error:
         if os.environ.get("HF_RDROP_DEBUG", "0") not in ("", "0"):
             traceback.print_exc()

@@ -38,3 +38,4 @@ if __name__ == "__main__":
     assert torch.distributed.get_world_size() == 2
     if torch.distributed.get_rank() == 0:
         Path(sys.argv[1]).write_text(json.dumps(logs))
+    torch.distributed.destroy_process_group()  # left to the end of the interpreter its threads may abort the process
