@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from .batch import get_batch_size, map_tensors
-from .dropout import dropout_off, inspect_dropout
+from .dropout import dropout_off, inspect_dropout, modes_restored
 from .heads import find_logits, predicts_next_token, resolve_head, shifted_labels
 from .pass_sums import PassSums
 
@@ -249,13 +249,9 @@ def _dropout_on(model: nn.Module) -> Iterator[None]:
 
     All other modules, because a rate may belong to one module and be applied by the one around it (BERT's attention).
     """
-    modes = {module: module.training for module in model.modules()}
-    model.train()
-    for module in modes:
-        if isinstance(module, _NormBase):
-            module.eval()
-    try:
+    with modes_restored(model):
+        model.train()
+        for module in model.modules():
+            if isinstance(module, _NormBase):
+                module.eval()
         yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

@@ -214,12 +214,19 @@ def set_dropout(model: nn.Module, p: float) -> None:
 
 
 @contextmanager
-def dropout_off(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a moment; afterwards every module has its own mode back (a frozen one may be in eval)."""
+def modes_restored(model: nn.Module) -> Iterator[None]:
+    """Afterwards every module is in training or evaluation as it was before (a frozen one may be in eval)."""
     modes = {module: module.training for module in model.modules()}
-    model.eval()
     try:
         yield
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def dropout_off(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a moment; afterwards every module has its own mode back."""
+    with modes_restored(model):
+        model.eval()
+        yield

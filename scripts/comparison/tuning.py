@@ -1,14 +1,13 @@
 """Choosing each arm's settings on a held-out split of the training data, with the same number of trials for all."""
 
-import json
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from run_queue import Run
 
 from comparison.arms import BUILT_IN, Arm, candidates, run_arguments
 from comparison.config import Comparison
+from comparison.rows import trial_scores
 
 Trials = dict[Run, dict[str, Any]]  # the settings that each tuning run tries, with its arm
 Choices = dict[tuple[str, str], dict[str, Any]]  # by task and arm: settings, trials, taken_from
@@ -53,9 +52,9 @@ def choose(comparison: Comparison, planned: Trials, guess: bool = False) -> Choi
                 for run, trial in planned.items()
                 if (run.task, trial["arm"]) == (task.name, arm.name)
             ]
-            best = _best(done) if len(tried) > 1 and not guess else tried[0]
-            if best is not None:
-                chosen[arm.name] = {"settings": best, "trials": done}
+            scored = trial_scores(done) if len(tried) > 1 and not guess else [(tried[0], 0.0)]
+            if scored:
+                chosen[arm.name] = {"settings": max(scored, key=lambda pair: pair[1])[0], "trials": done}
         for arm in comparison.arms:
             if arm.settings_of == arm.name and arm.name in chosen:
                 choices[task.name, arm.name] = chosen[arm.name]
@@ -63,11 +62,3 @@ def choose(comparison: Comparison, planned: Trials, guess: bool = False) -> Choi
                 settings = arm.without_own(chosen[arm.settings_of]["settings"])
                 choices[task.name, arm.name] = {"settings": settings, "taken_from": arm.settings_of, "trials": []}
     return choices
-
-
-def _best(trials: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    scores: dict[str, list[float | None]] = {}
-    for trial in trials:
-        scores.setdefault(json.dumps(trial["settings"]), []).append(trial["score"])
-    means = {key: statistics.fmean(values) for key, values in scores.items() if None not in values}
-    return json.loads(max(means, key=lambda key: means[key])) if means else None
