@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from comparison.style import Style, panels, save, styles, tidy
+from comparison.tables import table_lines
 from data_files import closest
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -51,15 +52,15 @@ def markdown_table(models: Mapping[str, Sets], score: str) -> str:
         distance = _distance(measured)
         pairs = "between sub-models", "sub-model to dropout off", f"ensemble of {n} to dropout off"
         columns += [f"{distance} {pair}" for pair in pairs]
-        lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
+        rows = []
         for model, found in measured.items():
             cells = [model]
             for values in (found["scores"]["loss"], found["scores"][score]):
                 spread = f"{values['mean']:.4f} ± {values['std']:.4f}"
                 cells += [f"{values['dropout_off']:.4f}", spread, f"{values['ensembles'][-1]:.4f}"]
             distances = found["between_sub_models"], found["to_dropout_off"], found["ensembles_to_dropout_off"][-1]
-            lines.append(f"| {' | '.join([*cells, *(f'{value:.3g}' for value in distances)])} |")
-        parts.append(f"Data: {name}, {items:,} items.\n\n" + "\n".join(lines) + "\n")
+            rows.append([*cells, *(f"{value:.3g}" for value in distances)])
+        parts.append("\n".join([f"Data: {name}, {items:,} items.", "", *table_lines(columns, rows), ""]))
     return "\n".join(parts)
 
 

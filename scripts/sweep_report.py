@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib
 import optuna
 from common import write_file, write_json
+from comparison.tables import table_lines
 from optuna.trial import TrialState
 from rich import box
 from rich.table import Table
@@ -138,12 +139,13 @@ def markdown(sweep: Sweep, command: str | None) -> str:
     others = sorted((t for t in sweep.trials if t.state in order), key=lambda trial: order.index(trial.state))
     columns = ["trial", sweep.metric.removeprefix("eval_"), *names, "state", "seconds"]
     image = ["![Score over each parameter](sweep.png)", ""] if sweep.ranked else []
-    lines = [sweep.summary, "", *image, f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
+    rows = []
     for trial in (*sweep.ranked, *others):
         score = "" if trial.score is None else f"{trial.score:.4f}"
         values = [f"{trial.parameters[name]:g}" if name in trial.parameters else "" for name in names]
         seconds = "" if trial.seconds is None else f"{trial.seconds:.1f}"
-        lines.append(f"| {' | '.join([str(trial.number), score, *values, trial.state, seconds])} |")
+        rows.append([str(trial.number), score, *values, trial.state, seconds])
+    lines = [sweep.summary, "", *image, *table_lines(columns, rows)]
     failed = [f"- trial {trial.number}: {' '.join(trial.error.split())}" for trial in others if trial.error]
     if failed:
         lines += ["", "Failed:", "", *failed]

@@ -12,6 +12,7 @@ from typing import Any
 from common import LOWER_IS_BETTER
 from data_files import closest
 
+from comparison.rows import RDROP
 from comparison.statistics import BASELINE
 from hf_rdrop.loss import check_alpha
 
@@ -20,7 +21,6 @@ SET_BY_COMPARE = ("seed", "output_dir", "rdrop_alpha", "validation_from_train")
 # Below the rounding of fp32 (6e-8 of the loss), so the doubled batch is trained with cross-entropy alone, while the
 # agreement is still computed and logged.
 NO_AGREEMENT = "1e-12"
-RDROP = "rdrop"
 
 
 @dataclass(frozen=True)
