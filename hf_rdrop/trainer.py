@@ -13,6 +13,7 @@ from .checks import check_batch, check_training_setup
 from .dropout import inspect_dropout, set_dropout
 from .economies import Economies
 from .heads import find_logits, predicts_next_token, resolve_head, valid_items
+from .hub import CleanPushMixin
 from .loss_log import INERT_SHARE, INERT_STEPS, LossLog
 from .training_args import RDropArguments
 
@@ -24,7 +25,7 @@ else:
 logger = logging.getLogger(__name__)
 
 
-class RDropMixin(_AnyTrainer):
+class RDropMixin(CleanPushMixin, _AnyTrainer):
     """Makes the objective of the `Trainer` class it is mixed in before R-Drop's: ``class T(RDropMixin, MyTrainer)``.
 
     In training, each batch is repeated (`[x; x]`, one forward, two dropout masks) and
