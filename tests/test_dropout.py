@@ -128,6 +128,32 @@ def test_torch_dropout_zeroes_scales_and_draws_each_half_anew():
     assert torch.equal(dropout.eval()(x), x)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_dropout_of_a_model_zeroes_and_scales_in_training_and_is_the_identity_in_evaluation(family, monkeypatch):
+    original, seen = F.dropout, []
+
+    def recorded(input, p=0.5, training=True, inplace=False):
+        before = input.detach().clone()
+        out = original(input, p, training, inplace)
+        seen.append((before, p, training, out.detach().clone()))
+        return out
+
+    model = make(family)  # eager attention: SDPA does its dropout inside the kernel
+    set_dropout(model, RATE)
+    monkeypatch.setattr(F, "dropout", recorded)
+    logits(model.train())
+    # ReLUs leave zeros that say nothing about what was dropped.
+    inputs, outputs = (torch.cat([entry[i][entry[0] != 0].flatten() for entry in seen]) for i in (0, 3))
+    kept = outputs != 0
+    assert seen and all((p, training) == (RATE, True) for _, p, training, _ in seen)
+    torch.testing.assert_close(outputs[kept], inputs[kept] / (1 - RATE))
+    assert abs(1 - kept.double().mean().item() - RATE) < 4 * math.sqrt(RATE * (1 - RATE) / len(kept))
+
+    seen.clear()
+    logits(model.eval())
+    assert all(torch.equal(before, out) for before, _, _, out in seen)
+
+
 # set_dropout on every family
 
 

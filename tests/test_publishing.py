@@ -106,7 +106,7 @@ def test_copy_folder(private, tmp_path):
 
 
 def test_only_network_errors_are_explained():
-    with pytest.raises(OSError, match="No upload. Check the network"), _explained("No upload."):
+    with pytest.raises(OSError, match=r"No upload\. Check the network"), _explained("No upload."):
         raise ConnectionError("refused")
     with pytest.raises(KeyError), _explained("No upload."):
         raise KeyError("a bug")
