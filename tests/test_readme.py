@@ -21,7 +21,9 @@ from conftest import make_model, make_rows
 from torch.utils.data import DataLoader
 from transformers import default_data_collator
 
-README = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
+METHOD_CARD = (ROOT / "model_cards" / "r-drop.md").read_text("utf-8")
 SCRIPTS = {
     "run_glue.py": (run_glue.ModelArguments, run_glue.GlueArguments, run_glue.RDropTrainingArguments),
     "run_ner.py": (run_ner.ModelArguments, run_ner.NerArguments, run_ner.RDropTrainingArguments),
@@ -35,8 +37,8 @@ SCRIPTS = {
 }
 
 
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+def blocks(language, text=README):
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
 
 
 def commands():
@@ -46,7 +48,7 @@ def commands():
     return [line for line in text.splitlines() if line.startswith("python scripts/")]
 
 
-@pytest.mark.parametrize("block", blocks("python"))
+@pytest.mark.parametrize("block", [*blocks("python"), *blocks("python", METHOD_CARD)])
 def test_python_examples(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = make_rows("single", 8)
@@ -73,7 +75,7 @@ def check_comparison(comparison):
 @pytest.mark.parametrize("command", commands())
 def test_bash_examples_parse(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "model_cards").symlink_to(Path(__file__).parents[1] / "model_cards")
+    (tmp_path / "model_cards").symlink_to(ROOT / "model_cards")
     for name in ("DATA", "ENCODER"):
         monkeypatch.setenv(name, name.lower())
     _, script, *arguments = shlex.split(command)
@@ -97,5 +99,13 @@ def test_configurations_parse(block, tmp_path, monkeypatch):
     check_comparison(parse(["--config", str(tmp_path / "comparison.yaml"), "--output_dir", "x"]))
 
 
+@pytest.mark.parametrize("page", ["README.md", "model_cards/r-drop.md"])
+def test_pictures_and_links_to_files_lead_somewhere(page):
+    text = (ROOT / page).read_text("utf-8")
+    targets = [target for target in re.findall(r"\]\(([^)#\s]+)\)", text) if "://" not in target]
+    assert targets and not [target for target in targets if not ((ROOT / page).parent / target).exists()]
+
+
 def test_there_is_something_to_test():
     assert len(blocks("python")) >= 3 and len(commands()) >= 6 and len(blocks("yaml")) == 1
+    assert len(blocks("python", METHOD_CARD)) == 3
