@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import get_token
+from huggingface_hub import HfApi, get_token
 from huggingface_hub.utils import httpx
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
@@ -48,6 +48,13 @@ class CleanPushMixin(_AnyTrainer):
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         with _explained("the repository on the Hub cannot be made ready. Nothing was uploaded, no training was lost."):
             super().init_hf_repo(*args, **kwargs)
+            if not self.is_world_process_zero():
+                return
+            api = HfApi(token=kwargs.get("token", args[0] if args else None) or self.args.hub_token)
+            repository, branch = str(self.hub_model_id), self.args.hub_revision
+            api.auth_check(repository, write=True)  # the Trainer takes a reader's token until it uploads
+            if branch and not branch.startswith("refs/"):
+                api.create_branch(repository, branch=branch, exist_ok=True)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.push_to_hub`, with all its arguments and those of `create_model_card`."""
@@ -112,7 +119,8 @@ class CleanPushMixin(_AnyTrainer):
         """The arguments with another output folder; pickled, they are a clean copy of themselves."""
         cleaned, args = self._private().clean_args(self.args), copy.copy(self.args)
         args.output_dir = str(folder)
-        reduce = {"__reduce_ex__": lambda _, protocol: cleaned.__reduce_ex__(protocol)}
+        # Protocol 0, because with later ones the pickler insists on the class of the object that it was given.
+        reduce = {"__reduce_ex__": lambda _, protocol: cleaned.__reduce_ex__(0)}
         args.__class__ = type(type(args).__name__, (type(args),), reduce)
         return args
 
