@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import benchmark
@@ -18,6 +20,8 @@ from common import parse_arguments
 from comparison.config import parse
 from comparison.tuning import choose, plan_trials
 from conftest import make_model, make_rows
+from hub_server import Hub, environment, use_hub
+from huggingface_hub import HfApi
 from torch.utils.data import DataLoader
 from transformers import default_data_collator
 
@@ -48,7 +52,41 @@ def commands():
     return [line for line in text.splitlines() if line.startswith("python scripts/")]
 
 
-@pytest.mark.parametrize("block", [*blocks("python"), *blocks("python", METHOD_CARD)])
+def test_the_first_example_as_it_is_pasted(tmp_path, monkeypatch):
+    """With a tiny BERT and eight sentence pairs under the names that it loads from the Hub."""
+    pairs = "".join(
+        f'{{"sentence1": "a red bird", "sentence2": "a bird {i}", "label": {i % 2}, "idx": {i}}}\n' for i in range(8)
+    )
+    (tmp_path / "text.txt").write_text("a red bird sings 0 1 2 3 4 5 6 7\n" * 4)
+    init_model.main(
+        f"--train_files {tmp_path}/text.txt --vocab_size 300 --hidden_size 16 --num_layers 1 --num_heads 2 "
+        f"--output_dir {tmp_path}/bert".split()
+    )
+    card = "---\nconfigs:\n- config_name: mrpc\n  data_files:\n"
+    card += "".join(f"  - split: {split}\n    path: mrpc/{split}.jsonl\n" for split in ("train", "validation"))
+    with Hub() as hub:
+        use_hub(hub, tmp_path / "home", monkeypatch)
+        api = HfApi(endpoint=hub.url, token=hub.token)
+        hub.user, model = "google-bert", "google-bert/bert-base-cased"
+        api.create_repo(model)
+        api.upload_folder(repo_id=model, folder_path=tmp_path / "bert")
+        hub.user, data = "nyu-mll", "nyu-mll/glue"
+        api.create_repo(data, repo_type="dataset")
+        files = {"README.md": f"{card}---\n", "mrpc/train.jsonl": pairs, "mrpc/validation.jsonl": pairs}
+        for name, text in files.items():
+            api.upload_file(path_or_fileobj=text.encode(), path_in_repo=name, repo_id=data, repo_type="dataset")
+        program = blocks("python")[0] + "\nassert trainer.state.epoch == 5 and trainer.evaluate()['eval_loss'] > 0\n"
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            env=environment(hub, tmp_path / "home"),
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("block", [*blocks("python")[1:], *blocks("python", METHOD_CARD)])
 def test_python_examples(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = make_rows("single", 8)
