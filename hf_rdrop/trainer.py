@@ -15,6 +15,7 @@ from .economies import Economies
 from .heads import find_logits, predicts_next_token, resolve_head, valid_items
 from .hub import CleanPushMixin
 from .loss_log import INERT_SHARE, INERT_STEPS, LossLog
+from .model_card import write_card
 from .training_args import RDropArguments
 
 if TYPE_CHECKING:
@@ -241,7 +242,12 @@ class RDropMixin(CleanPushMixin, _AnyTrainer):
         ranks = self.accelerator.num_processes if across else 1  # undoes the averaging of gradients over the ranks
         return count / torch.as_tensor(num_items_in_batch, device=count.device).clamp(min=1) * ranks
 
-    # ---- Logs ----
+    # ---- Logs and model card ----
+
+    def create_model_card(self, *args: Any, comparison: Any = None, consistency: Any = None, **kwargs: Any) -> None:
+        """As the base class's, with R-Drop's evidence on the card; see `hf_rdrop.model_card.write_card`."""
+        if self.is_world_process_zero():
+            write_card(self, super().create_model_card, args, kwargs, comparison=comparison, consistency=consistency)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and (means := self._log.take(self.state.global_step, self.accelerator.gather)) is not None:

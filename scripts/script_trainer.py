@@ -187,6 +187,8 @@ class ScriptMixin:
                 write_file(folder / "trainer_state.json", lambda path: self.state.save_to_json(str(path)))
             earlier = {} if self.args.do_train else read_json(folder / LAST_RESULT_FILE)
             write_json(folder / LAST_RESULT_FILE, {**earlier, **combined})
+        if self.consistency:
+            card["consistency"] = self.consistency
         if self.args.push_to_hub:
             self.push_to_hub(**card)
         elif self.args.do_train:

@@ -56,7 +56,7 @@ def markdown(
         cost_table(report),
         seed_table(report),
         secondary_tables(report),
-        _choice_table(report, choices),
+        choice_table(report, choices),
         _failures(report, failed),
         _how_to_read(report),
     ]
@@ -72,7 +72,7 @@ def _about(name: str, value: Any) -> list[str]:
     return [f"- {name}", *(f"  - {inner}: {plain(of_inner)}" for inner, of_inner in value.items())]
 
 
-def _choice_table(report: Report, choices: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[str]:
+def choice_table(report: Report, choices: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[str]:
     names = list(dict.fromkeys(name for choice in choices.values() for name in choice["settings"]))
     if not names:
         return []

@@ -1,0 +1,112 @@
+#!/usr/bin/env python
+"""A card for each task of a comparison: what was trained and how, what came out for every arm, what it cost.
+
+    python scripts/reference_cards.py --comparison model_cards/reference/short/comparison.json \
+        --config model_cards/reference/short.yaml --output_dir model_cards/reference/short/cards \
+        --consistency sst2=model_cards/reference/short/consistency-sst2/consistency.json
+
+The cards are made from the figures alone, losses like gains, with the template of the model cards. No weights belong
+to them, so their metadata claim no results of a model. Paths of this machine are cut to their last component;
+$VARIABLES of the comparison's configuration stay as they are.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from common import cli, write_file
+from comparison.rows import Report, make_report
+from data_files import closest
+from reference_card_parts import Task, file_name, make_parts, metadata
+
+from hf_rdrop.card_evidence import read_consistency
+from hf_rdrop.card_text import render
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments, as far as they can be checked without the comparison."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--comparison", type=Path, required=True, help="a comparison.json that compare.py has written")
+    parser.add_argument("--output_dir", type=Path, required=True, help="where to write a TASK.md for each task")
+    parser.add_argument("--tasks", nargs="+", help="these tasks (default: all that have finished runs)")
+    parser.add_argument("--config", type=Path, help="the comparison's YAML file, for the command that does it again")
+    parser.add_argument("--note", help="what the figures cannot tell, such as what $ENCODER and $DATA are")
+    parser.add_argument(
+        "--consistency", nargs="+", default=[], metavar="TASK=FILE", help="consistency.json files of consistency.py"
+    )
+    args = parser.parse_args(argv)
+    if args.output_dir.exists() and not args.output_dir.is_dir():
+        raise ValueError(f"--output_dir {args.output_dir} is a file: give the name of a folder.")
+    return args
+
+
+def read(path: Path) -> tuple[dict[str, Any], Report]:
+    """The content of a comparison.json, and its figures made anew from the runs.
+
+    Raises:
+        ValueError: it cannot be read, or no run has finished.
+    """
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        metrics = {row["task"]: row["metric"] for row in found["rows"]}
+        report = make_report(found["runs"], metrics, list(dict.fromkeys(row["arm"] for row in found["rows"])))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"--comparison {path} is no comparison.json of compare.py ({type(error).__name__}: {error}). Give the "
+            "file that compare.py writes into its --output_dir."
+        ) from error
+    if not report.rows:
+        raise ValueError(f"--comparison {path}: no run has finished, so there is nothing to make a card of.")
+    return found, report
+
+
+def read_pairs(pairs: Sequence[str], tasks: Sequence[str]) -> dict[str, Any]:
+    """The consistency of tasks, given as TASK=FILE."""
+    found = {}
+    for pair in pairs:
+        task, separator, file = pair.partition("=")
+        if not separator or task not in tasks:
+            raise ValueError(f"--consistency {pair}: give TASK=FILE, the task being one of {', '.join(tasks)}.")
+        found[task] = read_consistency(file)
+    return found
+
+
+def find_picture(comparison: Path, output_dir: Path) -> str | None:
+    """The comparison's curves.png as cards in a folder within the comparison's can link it."""
+    folder, picture = comparison.parent.resolve(), comparison.with_name("curves.png")
+    if not picture.is_file() or not output_dir.resolve().is_relative_to(folder):
+        return None
+    return "../" * len(output_dir.resolve().relative_to(folder).parts) + picture.name
+
+
+def main(argv: Sequence[str] | None = None) -> list[Path]:
+    """Write the cards; returns their paths."""
+    args = parse(argv)
+    found, report = read(args.comparison)
+    tasks = list(dict.fromkeys(row.task for row in report.rows))
+    for name in args.tasks or ():
+        if name not in tasks:
+            raise ValueError(
+                f"--tasks {name} has no finished run{closest(name, tasks)}: there are {', '.join(tasks)}."
+            )
+    consistency, picture = read_pairs(args.consistency, tasks), find_picture(args.comparison, args.output_dir)
+    cards = {}
+    for name in args.tasks or tasks:
+        task = Task(found, report, name)
+        parts = make_parts(task, config=args.config, note=args.note, consistency=consistency.get(name))
+        if parts["curves"]:
+            parts["curves"]["plot"] = picture
+        cards[args.output_dir / f"{file_name(name)}.md"] = str(render(metadata(task), **parts))
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    for path, text in cards.items():
+        write_file(path, text)
+    print(f"Written to {args.output_dir}: {', '.join(path.name for path in cards)}")
+    return list(cards)
+
+
+if __name__ == "__main__":
+    cli(main)
