@@ -60,8 +60,8 @@ def read_comparison(source: Any, names: Iterable[str] = ()) -> dict[str, Any] | 
     if source is None:
         return None
     wanted = None
-    if isinstance(source, (tuple, list)) and len(source) == 2:
-        source, wanted = source
+    if isinstance(source, (tuple, list)) and 1 <= len(source) <= 2:
+        source, wanted = source[0], source[-1] if len(source) == 2 else None
     found = _load(source, "the comparison", _COMPARISON)
     rows = found.get("rows")
     if not isinstance(rows, list) or not all(isinstance(row, Mapping) and "task" in row for row in rows):
@@ -85,8 +85,8 @@ def _choose_task(tasks: list[str], wanted: Any, names: Iterable[str]) -> str:
         return fitting[0]
     why = f"has no task {wanted!r}" if wanted is not None else "has several tasks, and none is named as this model's"
     raise ValueError(
-        f"the comparison {why}: give it as a pair with the name of one, comparison=(comparison, {tasks[0]!r}). There "
-        f"are {', '.join(tasks)}. The card is as it was."
+        f"the comparison {why}: give it as a pair with the name of one, comparison=(comparison, {tasks[0]!r}) or "
+        f"--card_comparison FILE {tasks[0]}. There are {', '.join(tasks)}. The card is as it was."
     )
 
 

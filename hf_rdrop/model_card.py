@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.modelcard import TrainingSummary
 
 from .card_data import FILES, as_list, fill_in, find_title
@@ -54,12 +54,7 @@ def write_card(
             was written.
     """
     given = _by_name(base_card, args, kwargs)
-    names = [*as_list(given.get("dataset_args")), *as_list(given.get("dataset")), *as_list(given.get("dataset_tags"))]
-    names += [*as_list(given.get("model_name")), last_part(str(trainer.args.output_dir))]
-    evidence = {
-        "comparison": read_comparison(comparison, names),
-        "consistency": read_consistency(consistency),
-    }
+    evidence = check_evidence(trainer.args, comparison=comparison, consistency=consistency, **given)
     readme = Path(str(trainer.args.output_dir)) / "README.md"
     earlier_tags = as_list(_read(readme).tags)
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -103,6 +98,26 @@ def write_card(
         **evidence,
     )
     write_atomically(readme, str(card))
+
+
+def check_evidence(
+    args: TrainingArguments, *, comparison: Any = None, consistency: Any = None, **card: Any
+) -> dict[str, Any]:
+    """The parts of the card about comparison and consistency; as a check before training, too.
+
+    Args:
+        args: of the training.
+        comparison, consistency: as for `write_card`.
+        card: the other arguments of `create_model_card`, for the names of the model and its data.
+
+    Raises:
+        ValueError: one of the two cannot be read, or it is open which task of the comparison is meant.
+    """
+    names = [
+        name for key in ("dataset_args", "dataset", "dataset_tags", "model_name") for name in as_list(card.get(key))
+    ]
+    names.append(last_part(str(args.output_dir)))
+    return {"comparison": read_comparison(comparison, names), "consistency": read_consistency(consistency)}
 
 
 def _by_name(function: Callable[..., None], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -58,6 +58,13 @@ class DataArguments:
             "sub-models, _ensemble) and consistency.json with the curves over 1 to N. 0: not measured."
         },
     )
+    card_comparison: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "A comparison.json of compare.py, whose figures the model card shows, and if it has several tasks "
+            "of which none is named as the data set or --output_dir is, the name of the task."
+        },
+    )
     preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes for the tokenization."})
     overwrite_cache: bool = field(default=False, metadata={"help": "Redo the tokenization of a cached data set."})
     pad_to_max_length: bool = field(
@@ -72,6 +79,10 @@ class DataArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} must be at least 1, got {value}: leave it out to use everything.")
+        if self.card_comparison and len(self.card_comparison) > 2:
+            raise ValueError(
+                f"--card_comparison takes a comparison.json and the name of a task, got {self.card_comparison}."
+            )
         if self.consistency_samples < 0 or self.consistency_samples == 1:
             raise ValueError(
                 f"--consistency_samples must be 0 or at least 2, as sub-models are compared with each other; got "

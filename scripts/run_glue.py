@@ -79,10 +79,22 @@ def main(
     validation = {name: split for name, split in data.items() if name.startswith("validation")}
     test = {name: split for name, split in data.items() if name.startswith("test")}
 
+    card: dict[str, Any] = {
+        "finetuned_from": hub_name(model_args),
+        "comparison": data_args.card_comparison,
+        "tasks": "text-classification",
+    }
+    if data_args.task_name:
+        card |= {"language": "en", "dataset_tags": "glue", "dataset_args": data_args.task_name}
+        card["dataset"] = f"GLUE {data_args.task_name.upper()}"
+    elif data_args.dataset_name:
+        card |= {"dataset_tags": data_args.dataset_name, "dataset": data_args.dataset_name}
+
     # R-Drop is this line: RDropTrainer in place of Trainer, and the --rdrop_* arguments in training_args.
     trainer = GlueTrainer(
         model=model,
         args=training_args,
+        card=card,
         consistency_samples=data_args.consistency_samples,
         train_dataset=data.get("train"),
         eval_dataset=next(iter(validation.values()), None),
@@ -119,13 +131,7 @@ def main(
                 predictions, labels
             )
 
-    card: dict[str, Any] = {"finetuned_from": hub_name(model_args), "tasks": "text-classification"}
-    if data_args.task_name:
-        card |= {"language": "en", "dataset_tags": "glue", "dataset_args": data_args.task_name}
-        card["dataset"] = f"GLUE {data_args.task_name.upper()}"
-    elif data_args.dataset_name:
-        card |= {"dataset_tags": data_args.dataset_name, "dataset": data_args.dataset_name}
-    return trainer.finish(results, files, **card)
+    return trainer.finish(results, files)
 
 
 if __name__ == "__main__":

@@ -67,10 +67,19 @@ def main(
         }
     data = {name: dataset for name, (dataset, _) in encoded.items()}
 
+    card: dict[str, Any] = {
+        "finetuned_from": hub_name(model_args),
+        "comparison": data_args.card_comparison,
+        "tasks": "token-classification",
+    }
+    if data_args.dataset_name:
+        card |= {"dataset_tags": data_args.dataset_name, "dataset": data_args.dataset_name}
+
     # R-Drop is this line: RDropTrainer in place of Trainer, and the --rdrop_* arguments in training_args.
     trainer = NerTrainer(
         model=model,
         args=training_args,
+        card=card,
         consistency_samples=data_args.consistency_samples,
         train_dataset=data.get("train"),
         eval_dataset=data.get("validation"),
@@ -102,10 +111,7 @@ def main(
         words = list(splits["test"][data_args.text_column_name])
         files["predictions.txt"] = format_predictions(output.predictions, encoded["test"][1], words, labels)
 
-    card: dict[str, Any] = {"finetuned_from": hub_name(model_args), "tasks": "token-classification"}
-    if data_args.dataset_name:
-        card |= {"dataset_tags": data_args.dataset_name, "dataset": data_args.dataset_name}
-    return trainer.finish(results, files, **card)
+    return trainer.finish(results, files)
 
 
 if __name__ == "__main__":

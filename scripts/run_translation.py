@@ -80,10 +80,21 @@ def main(
         if "target" in split.column_names and training_args.predict_with_generate
     }
 
+    card: dict[str, Any] = {
+        "finetuned_from": hub_name(model_args),
+        "comparison": data_args.card_comparison,
+        "tasks": "translation" if data_args.source_lang else "summarization",
+    }
+    if data_args.source_lang:
+        card["language"] = [data_args.source_lang, data_args.target_lang]
+    if data_args.dataset_name:
+        card |= {"dataset_tags": data_args.dataset_name, "dataset": data_args.dataset_name}
+
     # R-Drop is this line: RDropSeq2SeqTrainer in place of Seq2SeqTrainer, and the --rdrop_* in training_args.
     trainer = TranslationTrainer(
         model=model,
         args=training_args,
+        card=card,
         consistency_samples=data_args.consistency_samples,
         train_dataset=data.get("train"),
         eval_dataset=data.get("validation"),
@@ -113,13 +124,7 @@ def main(
         results["predict"] = {**output.metrics, "predict_samples": len(data["test"])}
         files["generated_predictions.txt"] = "".join(f"{text}\n" for text in decode(output.predictions, tokenizer))
 
-    task = "translation" if data_args.source_lang else "summarization"
-    card: dict[str, Any] = {"finetuned_from": hub_name(model_args), "tasks": task}
-    if data_args.source_lang:
-        card["language"] = [data_args.source_lang, data_args.target_lang]
-    if data_args.dataset_name:
-        card |= {"dataset_tags": data_args.dataset_name, "dataset": data_args.dataset_name}
-    return trainer.finish(results, files, **card)
+    return trainer.finish(results, files)
 
 
 if __name__ == "__main__":

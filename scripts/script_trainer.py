@@ -15,6 +15,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from hf_rdrop import measure_consistency
 from hf_rdrop.checks import check_training_setup
 from hf_rdrop.consistency import check_measurable
+from hf_rdrop.model_card import check_evidence
 
 try:
     import resource
@@ -56,12 +57,16 @@ class ScriptMixin:
       drop the rows that fill up the last batch when there are several processes.
     - What cannot work is refused before the first step, without leaving an output folder behind.
     - With `consistency_samples`, dropout off is compared with so many sub-models (`run_consistency`).
+    - `card` are the arguments of `create_model_card`; what cannot be shown is refused here.
     """
 
-    def __init__(self, *, args: TrainingArguments, consistency_samples: int = 0, **kwargs: Any) -> None:
+    def __init__(
+        self, *, args: TrainingArguments, card: dict[str, Any], consistency_samples: int = 0, **kwargs: Any
+    ) -> None:
         self._own_folder = not Path(args.output_dir).exists()
-        self.consistency_samples, self.consistency = consistency_samples, {}
+        self.card, self.consistency_samples, self.consistency = card, consistency_samples, {}
         try:
+            check_evidence(args, **card)
             super().__init__(args=args, **kwargs)
             if args.do_train:
                 check_training_setup(self)
@@ -159,15 +164,12 @@ class ScriptMixin:
         self.consistency[name] = found.to_dict()
         return found.metrics("eval_consistency")
 
-    def finish(
-        self, results: dict[str, dict[str, Any]], files: dict[str, str] | None = None, **card: Any
-    ) -> dict[str, Any]:
+    def finish(self, results: dict[str, dict[str, Any]], files: dict[str, str] | None = None) -> dict[str, Any]:
         """Write the result files, all_results.json last, and the model card; push to the Hub if asked to.
 
         Args:
             results: metrics by `train`, `eval` and `predict`.
             files: further files, text by name (predictions).
-            card: arguments of `create_model_card`.
 
         Returns:
             All metrics of this run together.
@@ -187,8 +189,7 @@ class ScriptMixin:
                 write_file(folder / "trainer_state.json", lambda path: self.state.save_to_json(str(path)))
             earlier = {} if self.args.do_train else read_json(folder / LAST_RESULT_FILE)
             write_json(folder / LAST_RESULT_FILE, {**earlier, **combined})
-        if self.consistency:
-            card["consistency"] = self.consistency
+        card = {**self.card, "consistency": self.consistency or None}
         if self.args.push_to_hub:
             self.push_to_hub(**card)
         elif self.args.do_train:

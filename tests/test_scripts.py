@@ -297,6 +297,23 @@ def test_push_to_the_hub_comes_after_the_results(tmp_path, encoder, monkeypatch)
     assert card["finetuned_from"] is None  # a local folder: nothing to ask the Hub about
 
 
+def test_the_card_shows_what_was_measured(tmp_path, encoder):
+    files = write_splits(tmp_path, classification("pairs"))
+    comparison = str(Path(__file__).parents[1] / "model_cards" / "reference" / "short" / "comparison.json")
+    more = ("--task_name", "mrpc", "--consistency_samples", "2")
+    run_glue.main(arguments(tmp_path, files, encoder, *more, "--card_comparison", comparison))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| baseline | 3 | 76.39 ± 1.11 |" in card and "sub-models" in card
+
+    (tmp_path / "own").mkdir()
+    for source, problem in (([str(tmp_path / "none.json")], "cannot be read"), ([comparison], "several tasks")):
+        with pytest.raises(ValueError, match=problem):
+            run_glue.main(arguments(tmp_path / "own", files, encoder, "--card_comparison", *source))
+        assert not (tmp_path / "own" / "out").exists()  # before training
+    run_glue.main(arguments(tmp_path / "own", files, encoder, "--card_comparison", comparison, "cola"))
+    assert "| baseline | 3 | 22.40 ± 2.65 |" in (tmp_path / "own" / "out" / "README.md").read_text()
+
+
 def test_json_argument_file_is_the_command_line(tmp_path, encoder):
     files = write_splits(tmp_path, classification("pairs"))
     command = run_glue.main(arguments(tmp_path, files, encoder, "--text_columns", "sentence1", "sentence2"))
