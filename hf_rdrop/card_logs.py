@@ -121,7 +121,7 @@ def plot_curves(history: Sequence[Mapping[str, Any]], head: HeadFacts, path: Pat
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", color="#e8e8e8")
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.04 * axis.get_ylim()[1])
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
     write_atomically(path, picture.getvalue())

@@ -5,6 +5,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import benchmark
 import compare
@@ -24,6 +25,8 @@ from hub_server import Hub, environment, use_hub
 from huggingface_hub import HfApi
 from torch.utils.data import DataLoader
 from transformers import default_data_collator
+
+import hf_rdrop
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -89,8 +92,10 @@ def test_the_first_example_as_it_is_pasted(tmp_path, monkeypatch):
 @pytest.mark.parametrize("block", [*blocks("python")[1:], *blocks("python", METHOD_CARD)])
 def test_python_examples(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "model_cards").symlink_to(ROOT / "model_cards")
     rows = make_rows("single", 8)
-    names = {
+    names: dict[str, Any] = {
+        **{name: getattr(hf_rdrop, name) for name in hf_rdrop.__all__},
         "model": make_model("single"),
         "tokenizer": None,
         "train_dataset": rows,
