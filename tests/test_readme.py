@@ -30,6 +30,7 @@ import hf_rdrop
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
+CARDS = sorted((ROOT / "model_cards" / "reference").rglob("cards/*.md"))
 METHOD_CARD = (ROOT / "model_cards" / "r-drop.md").read_text("utf-8")
 SCRIPTS = {
     "run_glue.py": (run_glue.ModelArguments, run_glue.GlueArguments, run_glue.RDropTrainingArguments),
@@ -48,8 +49,8 @@ def blocks(language, text=README):
     return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
 
 
-def commands():
-    text = "\n".join(blocks("bash")).replace("\\\n", " ")
+def commands(page=README):
+    text = "\n".join(blocks("bash", page)).replace("\\\n", " ")
     for name, value in re.findall(r'^(\w+)="(.*)"$', text, flags=re.MULTILINE):
         text = text.replace(f"${name}", value)
     return [line for line in text.splitlines() if line.startswith("python scripts/")]
@@ -115,11 +116,13 @@ def check_comparison(comparison):
         parse_arguments(SCRIPTS[run.script], [*run.arguments, "--output_dir", "x"], None)
 
 
-@pytest.mark.parametrize("command", commands())
+@pytest.mark.parametrize(
+    "command", [*commands(), *(command for card in CARDS for command in commands(card.read_text("utf-8")))]
+)
 def test_bash_examples_parse(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model_cards").symlink_to(ROOT / "model_cards")
-    for name in ("DATA", "ENCODER"):
+    for name in ("DATA", "ENCODER", "MODEL"):
         monkeypatch.setenv(name, name.lower())
     _, script, *arguments = shlex.split(command)
     script = Path(script).name
@@ -142,13 +145,12 @@ def test_configurations_parse(block, tmp_path, monkeypatch):
     check_comparison(parse(["--config", str(tmp_path / "comparison.yaml"), "--output_dir", "x"]))
 
 
-@pytest.mark.parametrize("page", ["README.md", "model_cards/r-drop.md"])
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "model_cards" / "r-drop.md", *CARDS], ids=str)
 def test_pictures_and_links_to_files_lead_somewhere(page):
-    text = (ROOT / page).read_text("utf-8")
-    targets = [target for target in re.findall(r"\]\(([^)#\s]+)\)", text) if "://" not in target]
-    assert targets and not [target for target in targets if not ((ROOT / page).parent / target).exists()]
+    targets = [target for target in re.findall(r"\]\(([^)#\s]+)\)", page.read_text("utf-8")) if "://" not in target]
+    assert not [target for target in targets if not (page.parent / target).exists()]
 
 
 def test_there_is_something_to_test():
     assert len(blocks("python")) >= 3 and len(commands()) >= 6 and len(blocks("yaml")) == 1
-    assert len(blocks("python", METHOD_CARD)) == 3
+    assert len(blocks("python", METHOD_CARD)) == 3 and CARDS
