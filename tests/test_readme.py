@@ -151,6 +151,13 @@ def test_pictures_and_links_to_files_lead_somewhere(page):
     assert not [target for target in targets if not (page.parent / target).exists()]
 
 
+def test_links_within_the_readme_lead_to_headings():
+    headings = re.findall(r"^#+ (.*)$", README, flags=re.MULTILINE)
+    anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    targets = set(re.findall(r"\]\(#([^)]+)\)", README))
+    assert len(targets) > 10 and targets <= anchors
+
+
 def test_there_is_something_to_test():
     assert len(blocks("python")) >= 3 and len(commands()) >= 6 and len(blocks("yaml")) == 1
     assert len(blocks("python", METHOD_CARD)) == 3 and CARDS
