@@ -9,6 +9,7 @@ loss:   from hidden states to R-Drop's loss and its gradients: the official form
 steps:  one training step of each head through the real Trainer: plain with B and with 2B rows, two forwards as R-Drop
         is written by hand, and RDropTrainer without and with each of its economies.
 growth: how these grow with vocabulary, sequence length, batch and depth, one at a time.
+precision: errors of the agreement's value and gradient for logits in half precision, as the passes come to agree.
 
 The arms take turns within every repeat; figures are medians over the repeats. Memory is the peak of what a call adds
 to what was there before it (in a step: activations, gradients and temporaries), measured in a call of its own. The
@@ -17,6 +18,7 @@ what was measured until then.
 """
 
 import gc
+import itertools
 import json
 import os
 import shlex
@@ -39,6 +41,7 @@ from benchmark_loss import FUSED as FUSED_LOSS
 from benchmark_loss import OFFICIAL_COPIES, TOLERANCES, loss_arms, loss_differences
 from benchmark_measure import Arm, copy_bandwidth, elementwise_seconds, environment, measure
 from benchmark_plots import plot
+from benchmark_precision import CLASSES, DTYPES, TARGETS, precision_errors
 from benchmark_report import markdown, tables, terminal_table
 from benchmark_steps import FUSED, HEADS, PLAIN, RDROP, TRUNK_3_4, Sizes, step_arms, step_settings
 from common import cli, parse_arguments, write_file
@@ -47,7 +50,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from hf_rdrop.loss import check_alpha
 
-SECTIONS = ("loss", "steps", "growth")
+SECTIONS = ("loss", "steps", "growth", "precision")
 GROWTH_HEADS = {"vocab": "translation", **dict.fromkeys(("length", "batch", "layers"), "sequence-classification")}
 GROWTH_ARMS = (PLAIN, RDROP, FUSED, TRUNK_3_4)
 # On a GPU sizes that keep it busy; on a CPU such that a whole run takes about a quarter of an hour on two cores.
@@ -182,10 +185,15 @@ def plan(args: BenchmarkArguments, device: torch.device, folder: str) -> dict[st
         facts = {"axis": axis, "value": value, "head": GROWTH_HEADS[axis]}
         return step_group(f"{axis} {value}", facts, replace(args.sizes(), **{axis: value}), GROWTH_ARMS)
 
+    def precision_group(dtype: str, classes: int, target: float) -> Group:
+        facts = {"dtype": dtype, "classes": classes, "target": target}
+        return Group(f"{dtype}, {classes} classes, KL {target:g}", facts, 0, tuple)
+
     sections = {
         "loss": [loss_group(rows, vocab) for rows in args.loss_rows for vocab in args.loss_vocab],
         "steps": [step_group(head, {"head": head}, args.sizes()) for head in args.heads],
         "growth": [growth_group(axis, value) for axis in GROWTH_HEADS for value in getattr(args, f"growth_{axis}")],
+        "precision": [precision_group(*case) for case in itertools.product(DTYPES, CLASSES, TARGETS)],
     }
     return {name: sections[name] for name in SECTIONS if name in args.sections}
 
@@ -197,6 +205,8 @@ def free_bytes(device: torch.device) -> int:
 def measure_group(group: Group, section: str, args: BenchmarkArguments, device: torch.device, advance: Any) -> dict:
     """Everything about one group, as it goes into benchmark.json."""
     facts = {"section": section, **group.facts}
+    if section == "precision":
+        return {**facts, "arms": {}, "errors": precision_errors(**group.facts, seed=args.seed)}
     if section == "loss":
         needed = OFFICIAL_COPIES * 2 * facts["rows"] * facts["vocab"] * 4
         free = free_bytes(device)

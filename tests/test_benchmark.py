@@ -12,6 +12,7 @@ from benchmark_loss import CLOSED_FORM, OFFICIAL, loss_arms, loss_differences, o
 from benchmark_loss import FUSED as FUSED_LOSS
 from benchmark_measure import Arm, elementwise_seconds, measure, peak_bytes
 from benchmark_plots import plot
+from benchmark_precision import CLASSES, DTYPES, LOW, OURS, TARGETS, precision_errors
 from benchmark_report import markdown, memory_ratio, tables, time_ratio
 from benchmark_steps import (
     DOUBLED,
@@ -284,6 +285,19 @@ def test_prediction_stands_beside_the_measurement(tmp_path):
     assert (tmp_path / "steps.png").stat().st_size > 0
 
 
+# ---- Precision ----
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("classes", CLASSES)
+def test_value_and_gradient_stay_exact_as_the_passes_come_to_agree(dtype, classes):
+    found = [precision_errors(dtype, classes, target) for target in TARGETS]
+    assert [errors["kl"]["exact"] for errors in found] == pytest.approx(TARGETS, rel=3)  # bfloat16 moves the smallest
+    assert max(errors[OURS]["gradient"] for errors in found) < 2e-3
+    assert max(errors[OURS]["value"] for errors in found) < 1e-5
+    assert found[-1][LOW]["gradient"] > 0.1  # what this guards against
+
+
 # ---- The whole command ----
 
 TINY = [
@@ -294,20 +308,24 @@ TINY = [
 ]
 
 
-def test_a_whole_run_writes_samples_tables_and_plots(tmp_path, capsys):
+def test_a_whole_run_writes_samples_tables_and_plots(tmp_path, capsys, monkeypatch):
     folder = tmp_path / "out"
+    for name, only in (("DTYPES", "float16"), ("CLASSES", 3), ("TARGETS", 1e-3)):
+        monkeypatch.setattr(benchmark, name, (only,))
     benchmark.main([*TINY, "--output_dir", str(folder)])
     assert sorted(path.name for path in folder.iterdir()) == [
         *("benchmark.json", "benchmark.md", "growth.png", "loss.png", "steps.png")
     ]
     results = json.loads((folder / "benchmark.json").read_text())
     groups = results["groups"]
-    assert [group["section"] for group in groups] == ["loss"] * 2 + ["steps"] * len(HEADS) + ["growth"] * 6
+    sections = ["loss"] * 2 + ["steps"] * len(HEADS) + ["growth"] * 6 + ["precision"]
+    assert [group["section"] for group in groups] == sections
     for group in groups:
         assert all(len(arm["seconds"]) == 1 and arm["peak_bytes"] > 0 for arm in group["arms"].values())
     assert [group["head"] for group in groups[2:7]] == list(HEADS)
     assert set(groups[5]["arms"]) == set(step_settings("causal-lm", 4))
-    assert set(groups[-1]["arms"]) == {PLAIN, RDROP, TRUNK_3_4} and groups[-1]["sizes"]["layers"] == 6
+    assert set(groups[-2]["arms"]) == {PLAIN, RDROP, TRUNK_3_4} and groups[-2]["sizes"]["layers"] == 6
+    assert groups[-1]["errors"]["kl"]["exact"] == pytest.approx(1e-3, rel=0.01)
     assert results["command"].startswith("python scripts/benchmark.py --device cpu --repeats 1")
     assert set(results["versions"]) == {"python", "torch", "transformers", "accelerate", "hf_rdrop"}
     text = (folder / "benchmark.md").read_text()
