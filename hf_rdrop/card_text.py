@@ -4,7 +4,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -121,8 +121,16 @@ def render(data: ModelCardData, **parts: Any) -> ModelCard:
     return ModelCard(re.sub(r"\n{3,}", "\n\n", text).rstrip("\n") + "\n")
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file at once: whoever reads it, or kills this process, finds the old content or the new one."""
+def write_atomically(path: Path, content: str | bytes | Callable[[Path], None]) -> None:
+    """Write a file at once: whoever reads it, or kills this process, finds the old content or the new one.
+
+    Args:
+        path: the file.
+        content: of the file, or a function that writes it to the path that it is given.
+    """
     part = path.with_name(f".{path.name}.part")
-    part.write_bytes(content.encode() if isinstance(content, str) else content)
+    if callable(content):
+        content(part)
+    else:
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(part, path)

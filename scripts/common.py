@@ -15,6 +15,8 @@ import torch
 from data_files import closest
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
+from hf_rdrop.card_text import write_atomically as write_file
+
 LOWER_IS_BETTER = re.compile(r"(loss|nll|ece|brier|mse|perplexity)$")  # by the end of a metric's name
 LAST_RESULT_FILE = "all_results.json"  # written after everything else: only a finished run has it
 RESULT_FILES = (
@@ -167,16 +169,6 @@ def remove_results(folder: Path) -> None:
     for pattern in (LAST_RESULT_FILE, *RESULT_FILES):
         for file in folder.glob(pattern):
             file.unlink()
-
-
-def write_file(path: Path, content: str | Callable[[Path], None]) -> None:
-    """Write a file at once: a run that is killed leaves the old file or the new one, never half of it."""
-    part = path.with_name(f".{path.name}.part")
-    if callable(content):
-        content(part)
-    else:
-        part.write_text(content, encoding="utf-8")
-    os.replace(part, path)
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

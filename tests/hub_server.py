@@ -15,6 +15,8 @@ import os
 import re
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -175,6 +177,19 @@ def environment(hub: Hub, home: Path) -> dict[str, str]:
         "HF_HUB_OFFLINE": "0",
         "HF_TOKEN": hub.token,
     }
+
+
+def run_program(hub: Hub, folder: Path, program: str) -> None:
+    """Run a Python program in a new process, and in a folder, that uses the server; it must succeed."""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment(hub, folder / "home"),
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def use_hub(hub: Hub, home: Path, monkeypatch: pytest.MonkeyPatch) -> list[float]:

@@ -1,13 +1,11 @@
 """The tests' Hub against the real client alone: what the tests of the trainer rely on."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import huggingface_hub
 import pytest
-from hub_server import Hub, environment, use_hub
+from hub_server import Hub, run_program, use_hub
 from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -264,13 +262,5 @@ rows = load_dataset("tester/rows")
 assert {split: rows[split].num_rows for split in rows} == {"train": 2, "test": 2}, rows
 assert rows["train"][0] == {"text": "good film", "label": 1}, rows["train"][0]
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env=environment(hub, tmp_path / "home"),
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
+    run_program(hub, tmp_path, program)
     assert hub.count("GET /datasets/tester/rows/resolve/.*/train.csv 200") == 1

@@ -2,8 +2,6 @@
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from common import parse_arguments
 from comparison.config import parse
 from comparison.tuning import choose, plan_trials
 from conftest import make_model, make_rows
-from hub_server import Hub, environment, use_hub
+from hub_server import Hub, run_program, use_hub
 from huggingface_hub import HfApi
 from torch.utils.data import DataLoader
 from transformers import default_data_collator
@@ -80,14 +78,7 @@ def test_the_first_example_as_it_is_pasted(tmp_path, monkeypatch):
         for name, text in files.items():
             api.upload_file(path_or_fileobj=text.encode(), path_in_repo=name, repo_id=data, repo_type="dataset")
         program = blocks("python")[0] + "\nassert trainer.state.epoch == 5 and trainer.evaluate()['eval_loss'] > 0\n"
-        done = subprocess.run(
-            [sys.executable, "-c", program],
-            env=environment(hub, tmp_path / "home"),
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-        )
-    assert done.returncode == 0, done.stderr
+        run_program(hub, tmp_path, program)
 
 
 @pytest.mark.parametrize("block", [*blocks("python")[1:], *blocks("python", METHOD_CARD)])
