@@ -75,7 +75,7 @@ def plot_pareto(report: Report, path: Path) -> bool:
         tidy(axis, "both")
     clocks = " or ".join(dict.fromkeys(row.cost.clock for row in report.rows))
     figure.supxlabel(f"training time ({clocks}) / baseline", fontsize=9)
-    figure.supylabel("gain over the baseline in points, 95% interval over seeds", fontsize=9)
+    figure.supylabel("gain over the baseline in points,\n95% interval over seeds", fontsize=9)
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     for axis, found in zip(axes, tables.values(), strict=True):
