@@ -80,6 +80,8 @@ class CleanPushMixin(_AnyTrainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if not self.is_world_process_zero() or self.args.hub_strategy == "end":
             return
+        if self.push_in_progress and not (self.args.hub_always_push or self.push_in_progress.is_done()):
+            return  # the Trainer leaves this one out: nothing to copy
         staging, private = self._make_staging(), self._private()
         model, checkpoint = staging / "model", staging / Path(checkpoint_folder).name
         private.copy_folder(self._output_dir, model, weights=False)  # those of the checkpoint come instead

@@ -9,6 +9,7 @@ from benchmark_loss import CLOSED_FORM, OFFICIAL
 from benchmark_loss import FUSED as FUSED_LOSS
 from benchmark_precision import FLOAT32, LOW, OURS
 from benchmark_steps import DOUBLED, FUSED, PLAIN, RDROP, TRUNK_3_4
+from comparison.tables import table_lines
 from rich import box
 from rich.table import Table as RichTable
 
@@ -248,13 +249,8 @@ def markdown(results: Mapping[str, Any], plots: Sequence[Path]) -> str:
     ]
     lines += [f"\n![{path.stem}]({path.name})" for path in plots]
     for table in tables(results):
-        lines += ["", f"## {table.title}", "", table.note, ""]
-        lines += [_markdown_row(row) for row in (table.columns, ["---"] * len(table.columns), *table.rows)]
+        lines += ["", f"## {table.title}", "", table.note, "", *table_lines(table.columns, table.rows)]
     return "\n".join(lines) + "\n"
-
-
-def _markdown_row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def terminal_table(table: Table) -> RichTable:

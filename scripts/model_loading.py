@@ -35,7 +35,7 @@ class ModelArguments:
         default=None,
         metadata={
             "help": "How attention is computed, as transformers names it: eager, sdpa, flash_attention_2 and so on. "
-            "Default: what transformers chooses. On a CPU and short texts eager can be much the fastest."
+            "Default: what transformers chooses. On a CPU and short texts eager can be faster."
         },
     )
 

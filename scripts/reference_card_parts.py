@@ -122,7 +122,8 @@ def make_parts(task: Task, *, config: Path | None, note: str | None, consistency
     """What the template is to tell of a task."""
     report, base = task.report, task.rows.get(BASELINE)
     tables = (control_table(report), cost_table(report), seed_table(report), secondary_tables(report))
-    rdrop = _rdrop_part(task)
+    history = _mean_history(task)
+    rdrop = _rdrop_part(task, history)
     return {
         "title": f"R-Drop on {task.name}",
         "reference": {"summary": _summary(task, note), "arm": task.rdrop, "limitations": _limitations(task)},
@@ -131,7 +132,7 @@ def make_parts(task: Task, *, config: Path | None, note: str | None, consistency
         "tables": [_section(lines, task.name) for lines in tables if lines],
         "consistency": consistency,
         "rdrop": rdrop,
-        "curves": rdrop and curves_part(_mean_history(task), task.head, float(rdrop["alpha"]), rdrop["interval"]),
+        "curves": rdrop and curves_part(history, task.head, float(rdrop["alpha"]), rdrop["interval"]),
         "settings": {"text": _settings(task)},
         "reproduce": _again(task, config),
         "versions": list(task.about.get("setup", {}).items()),
@@ -213,11 +214,11 @@ def _limitations(task: Task) -> list[str]:
 # ---- How it was trained ----
 
 
-def _rdrop_part(task: Task) -> dict[str, Any] | None:
+def _rdrop_part(task: Task, history: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     if task.rdrop is None:
         return None
     options, alpha = task.options, float(task.options.get("rdrop_alpha", 1))
-    last = (_mean_history(task) or [{}])[-1]
+    last = history[-1] if history else {}
     dropout, shared = options.get("rdrop_dropout"), float(options.get("rdrop_shared_layers", 0))
     return {
         "alpha": f"{alpha:g}",

@@ -6,9 +6,7 @@ from typing import Any
 
 from comparison.rows import AVERAGE, CONTROLS, Report, Row
 from comparison.statistics import BASELINE, SIGNIFICANT, Difference
-
-NOTHING = "–"
-
+from hf_rdrop.card_text import NOTHING, table
 
 # ---- Cells ----
 
@@ -56,7 +54,7 @@ def short_name(metric: str) -> str:
 
 def table_lines(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """The lines of a markdown table."""
-    return [f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *rows)]
+    return table(columns, rows).split("\n")
 
 
 # ---- Tables ----
