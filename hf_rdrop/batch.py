@@ -1,6 +1,8 @@
 """Repeating a batch for several passes in one forward, and taking its outputs apart again."""
 
-from collections.abc import Callable, Collection, Mapping
+import copy
+import dataclasses
+from collections.abc import Callable, Collection, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -50,12 +52,14 @@ def repeat_batch(
         everything else is passed through.
 
     Raises:
-        ValueError: if no batch size can be read off the inputs.
+        ValueError: if no batch size can be read off the inputs, or `passes` is less than 1.
 
     Example:
         >>> repeat_batch({"input_ids": torch.tensor([[1], [2]]), "labels": torch.tensor([0, 1])})["labels"].tolist()
         [0, 1, 0, 1]
     """
+    if passes < 1:
+        raise ValueError(f"passes must be at least 1, got {passes!r}: it says how often the batch is repeated.")
     size = get_batch_size(inputs) if batch_size is None else batch_size
 
     def repeat(value: Any) -> Any:
@@ -64,7 +68,7 @@ def repeat_batch(
         if isinstance(value, Mapping):
             return {key: repeat(item) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
-            if len(value) == size and not any(isinstance(item, (Tensor, Mapping)) for item in value):
+            if len(value) == size and not any(map(_holds_tensor, value)):
                 return value * passes
             return _like(value, [repeat(item) for item in value])
         return value
@@ -83,9 +87,10 @@ def stack_passes(logits: Tensor, passes: int = 2) -> Tensor:
     Raises:
         ValueError: if the rows cannot be divided into `passes` equal parts.
     """
-    if len(logits) % passes:
+    rows = len(logits) if logits.dim() else 1
+    if passes < 1 or logits.dim() < 1 or rows % passes:
         raise ValueError(
-            f"The model returned {len(logits)} rows for a batch repeated {passes} times, so they cannot be told apart "
+            f"The model returned {rows} rows for a batch repeated {passes} times, so they cannot be told apart "
             "by pass. R-Drop needs one row of logits per row of the batch."
         )
     return logits.unflatten(0, (passes, -1))
@@ -111,11 +116,24 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
         mapped = {key: map_tensors(function, item) for key, item in value.items()}
         if all(mapped[key] is item for key, item in value.items()):
             return value
-        return mapped if type(value) is dict else type(value)(**mapped)  # a ModelOutput is made from keywords
+        if dataclasses.is_dataclass(value):
+            return type(value)(**mapped)  # a ModelOutput is made from keywords
+        if type(value) is dict or not isinstance(value, MutableMapping):
+            return mapped
+        changed = copy.copy(value)
+        for key, item in mapped.items():
+            changed[key] = item
+        return changed
     if isinstance(value, (list, tuple)):
         items = [map_tensors(function, item) for item in value]
         return _like(value, items) if any(a is not b for a, b in zip(items, value, strict=True)) else value
     return value
+
+
+def _holds_tensor(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return True
+    return isinstance(value, Tensor) or (isinstance(value, (list, tuple)) and any(map(_holds_tensor, value)))
 
 
 def _like(template: list[Any] | tuple[Any, ...], items: list[Any]) -> Any:

@@ -75,7 +75,7 @@ def softmax_agreement(logits: Tensor, mask: Tensor | None = None) -> Tensor:
     weight = torch.ones(items, device=logits.device) if mask is None else mask.to(logits.device)
     weight = weight.to(dtype).flatten()
     weight = weight / weight.sum().clamp(min=1)
-    return _SoftmaxAgreement.apply(logits.reshape(len(logits), -1, logits.shape[-1]), weight)
+    return _SoftmaxAgreement.apply(logits.reshape(len(logits), len(weight), logits.shape[-1]), weight)
 
 
 class _SoftmaxAgreement(torch.autograd.Function):
@@ -137,10 +137,10 @@ def bernoulli_agreement(logits: Tensor, mask: Tensor | None = None) -> Tensor:
         Scalar >= 0, in nats; 0 when no label is valid.
 
     Raises:
-        ValueError: if m < 2.
+        ValueError: if the shapes do not fit or m < 2.
     """
     _check_passes(logits)
-    logits = logits.to(compute_dtype(logits))
+    logits = _counted_scores(logits, mask)
     p = logits.sigmoid()
     same = (logits == logits[0]).all(0)  # also where all passes hold the same infinity, whose difference is nan
     difference = torch.where(same, 0, logits - logits.mean(0))
@@ -158,10 +158,10 @@ def squared_agreement(logits: Tensor, mask: Tensor | None = None) -> Tensor:
         Scalar >= 0, in squared units of the target; 0 when no prediction is valid.
 
     Raises:
-        ValueError: if m < 2.
+        ValueError: if the shapes do not fit or m < 2.
     """
     _check_passes(logits)
-    logits = logits.to(compute_dtype(logits))
+    logits = _counted_scores(logits, mask)
     return _masked_mean(2 * (logits - logits.mean(0)).square().sum(0) / (len(logits) - 1), mask)
 
 
@@ -186,8 +186,20 @@ def compute_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def _masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
+def _counted_scores(logits: Tensor, mask: Tensor | None) -> Tensor:
+    """The scores in the precision to compute in, with 0 for those that do not count: they may hold inf or nan, which
+    a product with 0 would not keep out of the gradient."""
+    logits = logits.to(compute_dtype(logits))
     if mask is None:
-        mask = torch.ones_like(values, dtype=torch.bool)
-    mask = mask.to(device=values.device, dtype=torch.bool)
-    return torch.where(mask, values, 0).sum() / mask.sum().clamp(min=1)
+        return logits
+    if mask.shape != logits.shape[1:]:
+        raise ValueError(
+            f"The mask has shape {tuple(mask.shape)}, one pass has scores of shape {tuple(logits.shape[1:])}: one "
+            "mask value per score is needed."
+        )
+    return logits.masked_fill(~mask.to(device=logits.device, dtype=torch.bool), 0)
+
+
+def _masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    count = values.numel() if mask is None else mask.to(device=values.device, dtype=torch.bool).sum().clamp(min=1)
+    return values.sum() / (count or 1)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .functional import compute_dtype
-from .loss import RDropLossOutput, check_alpha
+from .loss import RDropLossOutput, check_alpha, check_class_indices
 
 logger = logging.getLogger(__name__)
 
@@ -76,28 +76,26 @@ def linear_rdrop_loss(
     check_alpha(alpha)
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing!r}.")
-    if passes < 1 or hidden.shape[:-1] != (passes * len(labels), *labels.shape[1:]):
+    if passes < 1 or labels.dim() < 1 or hidden.shape[:-1] != (passes * len(labels), *labels.shape[1:]):
         raise ValueError(
             f"hidden has shape {tuple(hidden.shape)} for labels of shape {tuple(labels.shape)}: with passes={passes} "
-            f"it must be [{passes} * {len(labels)}, ..., D], one row per pass and label, pass after pass."
+            f"they must be [{passes} * B, ..., D] and [B, ...], one row per pass and label, pass after pass."
         )
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or (bias is not None and len(bias) != len(weight)):
+    fits = weight.dim() == 2 and weight.numel() > 0 and weight.shape[1] == hidden.shape[-1]
+    if not fits or (bias is not None and bias.shape != weight.shape[:1]):
         raise ValueError(
             f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and bias "
             f"{None if bias is None else tuple(bias.shape)} do not fit: [..., D], [V, D] and [V] are needed."
         )
-    hidden, labels = hidden.reshape(passes, -1, hidden.shape[-1]), labels.reshape(-1)
+    check_class_indices(labels, len(weight))
+    labels = labels.reshape(-1).long()
+    hidden = hidden.reshape(passes, len(labels), hidden.shape[-1])
     mask = labels != -100
     valid: Tensor | None = mask
     if hidden.device.type == "cpu":  # elsewhere the number of valid rows is not known without waiting for the device
         if not mask.all():
             hidden, labels = hidden[:, mask], labels[mask]
         valid = None
-        if labels.numel() and not 0 <= labels.min() <= labels.max() < len(weight):
-            raise ValueError(
-                f"Labels must be class indices in [0, {len(weight)}) or -100, got {labels.min()} to {labels.max()}: "
-                "check that the tokenizer fits the model's vocabulary."
-            )
     device, dtype = hidden.device.type, hidden.dtype
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)

@@ -31,7 +31,8 @@ class Head(NamedTuple):
 def predicts_next_token(model: nn.Module) -> bool:
     """Whether the head scores position t against label t + 1 (causal language models)."""
     is_pair = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    return type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() and not is_pair
+    names = {base.__name__ for base in type(model).__mro__}  # FSDP makes a class of its own of the model's
+    return not names.isdisjoint(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()) and not is_pair
 
 
 def valid_items(labels: Tensor, shift_labels: bool = False) -> Tensor:
@@ -57,16 +58,19 @@ def find_logits(outputs: Any, rows: int) -> Tensor:
         ValueError: when there are none.
     """
     if isinstance(outputs, Mapping):
-        logits, found = outputs.get("logits"), ", ".join(outputs)
+        logits = outputs.get("logits", outputs.get("scores"))  # the latter in sentence-transformers' CrossEncoder
+        found = ", ".join(outputs)
     else:  # (loss, logits, ...), or (logits, ...) when the labels were withheld for label smoothing
-        tensors = [item for item in outputs if isinstance(item, Tensor) and item.dim() > 0]
-        logits, found = next(iter(tensors), None), f"a tuple of {len(outputs)}"
+        items = outputs if isinstance(outputs, (list, tuple)) else ()
+        tensors = [item for item in items if isinstance(item, Tensor) and item.dim() > 0]
+        logits, found = next(iter(tensors), None), f"{type(outputs).__name__} of {len(items)}"
     if not isinstance(logits, Tensor) or logits.dim() == 0 or len(logits) != rows:
         shape = f", logits of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else ""
         raise ValueError(
             f"R-Drop compares the logits of the passes, but the model returned no logits for its {rows} rows (got: "
             f"{found}{shape}). Use a model whose output has `logits`, without a fused loss that drops them "
-            f"(`use_liger_kernel`); supported heads: {SUPPORTED_HEADS}. Or set rdrop_alpha to 0."
+            "(`use_liger_kernel`, unless liger_kernel_config={'fused_linear_cross_entropy': False}); supported heads: "
+            f"{SUPPORTED_HEADS}. Or set rdrop_alpha to 0."
         )
     return logits
 
@@ -86,12 +90,12 @@ def resolve_head(config: Any, logits: Tensor, labels: Tensor, passes: int, shift
     """
     shape = (len(logits) // passes, *logits.shape[1:])
     problem_type = getattr(config, "problem_type", None)
-    per_class = labels.shape == shape[:-1]
+    per_class = labels.dim() > 0 and labels.shape == shape[:-1]
     one_score = labels.dim() == 1 and shape in ((len(labels),), (len(labels), 1))
     if labels.shape == shape or one_score:
         if problem_type == "regression" or (problem_type is None and (one_score or shape[-1] == 1)):
             return Head("regression", None)
-        if labels.shape == shape:
+        if labels.shape == shape or problem_type == "multi_label_classification":
             return Head("multi_label_classification", None)
     if per_class and not labels.is_floating_point():
         return Head("single_label_classification", valid_items(labels, shift_labels))

@@ -31,6 +31,21 @@ def check_alpha(alpha: float) -> None:
         )
 
 
+def check_class_indices(labels: Tensor, classes: int) -> None:
+    """Refuse labels that are no class indices; their values are looked at on a CPU only, where that costs no waiting.
+
+    Raises:
+        ValueError: they are real numbers, or neither -100 nor in [0, classes).
+    """
+    if labels.is_floating_point() or labels.is_complex():
+        raise ValueError(f"Labels must be class indices, got {labels.dtype}: convert them with labels.long().")
+    if labels.device.type == "cpu" and len(wrong := labels[(labels != -100) & ((labels < 0) | (labels >= classes))]):
+        raise ValueError(
+            f"Labels must be class indices in [0, {classes}) or -100, got {wrong.min()} to {wrong.max()}: check that "
+            "the labels (or the tokenizer) fit the outputs of the model."
+        )
+
+
 class RDropLoss(nn.Module):
     r"""R-Drop's objective from the logits of two (or more) stochastic passes and the labels.
 
@@ -97,10 +112,12 @@ class RDropLoss(nn.Module):
         logits = torch.stack(passes)
         logits = logits if logits.dtype == torch.float64 else logits.float()
         if self.problem_type == "single_label_classification":
-            if labels.shape != logits_a.shape[:-1]:
+            if logits_a.dim() < 1 or labels.shape != logits_a.shape[:-1]:
                 raise ValueError(_shape_message(labels, "one class index per item", logits_a.shape[:-1]))
+            check_class_indices(labels, logits.shape[-1])
             mask = labels != -100
-            targets = labels.expand(len(passes), *labels.shape)
+            logits.masked_fill_(~mask[..., None], 0)  # an ignored item may hold inf or nan; `stack` has made a copy
+            targets = labels.long().expand(len(passes), *labels.shape)
             ce_sum = F.cross_entropy(
                 logits.flatten(0, -2),
                 targets.flatten(),
@@ -116,7 +133,8 @@ class RDropLoss(nn.Module):
             if labels.shape != logits.shape[1:]:
                 raise ValueError(_shape_message(labels, "one target per score", logits.shape[1:]))
             criterion = F.mse_loss if self.problem_type == "regression" else F.binary_cross_entropy_with_logits
-            ce = criterion(logits, labels.to(logits.dtype).expand_as(logits))
+            ce_sum = criterion(logits, labels.to(logits.dtype).expand_as(logits), reduction="sum")
+            ce = ce_sum / max(logits.numel(), 1)
             kl = AGREEMENTS[self.problem_type](logits, None)
         return RDropLossOutput(ce + self.alpha / 2 * kl, ce, kl)
 

@@ -156,8 +156,9 @@ def _load_from_hub(data_args: DataArguments, model_args: Any, splits: Iterable[s
             token=model_args.token,
         )
     except Exception as error:  # many kinds, from the Hub, the network and the data set's own files
+        reason = f"{' '.join(str(error).split()):.300}"
         raise ValueError(
-            f"the data set {name} could not be loaded ({type(error).__name__}: {error}). Check --dataset_name and "
+            f"the data set {name} could not be loaded ({type(error).__name__}: {reason}). Check --dataset_name and "
             "--dataset_config_name; without a network, give local files with --train_file and --validation_file."
         ) from error
     for split in splits:
@@ -179,7 +180,7 @@ def read_table(path: str) -> Dataset:
     """
     file = Path(path).expanduser()
     if not file.is_file():
-        kind = "is a folder" if file.is_dir() else "does not exist"
+        kind = "is a folder" if file.is_dir() else "is no regular file" if file.exists() else "does not exist"
         raise ValueError(f"{path} {kind}: give the path of a data file ({', '.join(FORMATS)}, also .gz).")
     suffix = file.with_suffix("").suffix if file.suffix == ".gz" else file.suffix
     if suffix not in FORMATS:
@@ -189,7 +190,16 @@ def read_table(path: str) -> Dataset:
     if not rows:
         raise ValueError(f"{path} is empty: it holds no example. Check that it was written completely.")
     names = dict.fromkeys(name for row in rows for name in row)
-    return Dataset(pa.table({name: _column(file, name, [row.get(name) for row in rows]) for name in names}))
+    for name in names:
+        if not _is_text(name):
+            raise ValueError(f"{file}: the name of column {name!r:.60} is no valid Unicode text. Rename it.")
+    columns = {name: _column(file, name, [row.get(name) for row in rows]) for name in names}
+    try:
+        return Dataset(pa.table(columns))
+    except (pa.ArrowException, RecursionError) as error:
+        raise ValueError(
+            f"{file}: its rows are no table ({error}). Give columns of texts, numbers or lists."
+        ) from error
 
 
 def read_text(file: Path) -> str:
@@ -219,11 +229,7 @@ def read_text(file: Path) -> str:
 
 def _json_rows(file: Path, text: str) -> Iterator[dict[str, Any]]:
     if text.lstrip().startswith("["):
-        try:
-            rows = list(enumerate(json.loads(text), 1))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file}, line {error.lineno}: malformed JSON ({error.msg}).") from error
-        place = "row"
+        rows, place = list(enumerate(_parse_json(file, text, 1), 1)), "row"
     else:
         rows, place = list(_json_lines(file, text)), "line"
     for number, row in rows:
@@ -238,13 +244,33 @@ def _json_rows(file: Path, text: str) -> Iterator[dict[str, Any]]:
 def _json_lines(file: Path, text: str) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(text.split("\n"), 1):  # not splitlines(): strings may hold U+2028 and its like
         if line.strip():
-            try:
-                yield number, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{file}, line {number}: malformed JSON ({error.msg} at column {error.colno}): {line[:60]!r}. "
-                    "Each line must be one complete JSON object."
-                ) from error
+            yield number, _parse_json(file, line, number)
+
+
+def _parse_json(file: Path, text: str, line: int) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except json.JSONDecodeError as error:
+        place = f"{file}, line {line + error.lineno - 1}"
+        found = text[error.pos - error.colno + 1 :].split("\n", 1)[0][:60]
+        raise ValueError(
+            f"{place}: malformed JSON ({error.msg} at column {error.colno}): {found!r}. In a .jsonl file each line "
+            "must be one complete JSON object, otherwise the file one list of them."
+        ) from error
+    except RecursionError as error:
+        raise ValueError(f"{file}, line {line}: JSON of too many levels. Give plain rows.") from error
+    except ValueError as error:  # `_object`'s own, and integers of thousands of digits
+        raise ValueError(f"{file}, line {line}: JSON that cannot be read ({error}).") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of a name that comes twice the last value would count and the other be lost."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r:.60} comes more than once in an object")
+    return found
 
 
 def _csv_rows(file: Path, text: str, suffix: str) -> Iterator[dict[str, str]]:
@@ -256,13 +282,13 @@ def _csv_rows(file: Path, text: str, suffix: str) -> Iterator[dict[str, str]]:
         header = next(reader, [])
         if repeated := {name for name in header if header.count(name) > 1}:
             raise ValueError(
-                f"{file}, line 1: the header names {sorted(repeated)} more than once. Rename the columns."
+                f"{file}, line 1: the header names {sorted(repeated)!s:.300} more than once. Rename the columns."
             )
         for row in reader:
             if row and len(row) != len(header):
                 raise ValueError(
                     f"{file}, line {reader.line_num}: {len(row)} fields, but the header has {len(header)} "
-                    f"({', '.join(header)}). A field that holds the separator must be put in quotation marks (csv)."
+                    f"({', '.join(header):.300}). A field that holds the separator must be in quotation marks (csv)."
                 )
             if row:
                 yield dict(zip(header, row, strict=True))
@@ -270,21 +296,45 @@ def _csv_rows(file: Path, text: str, suffix: str) -> Iterator[dict[str, str]]:
         raise ValueError(f"{file}, line {reader.line_num}: malformed {suffix[1:]} ({error}).") from error
 
 
+def _is_text(value: str) -> bool:
+    """Whether all its characters can be written: JSON can hold halves of them ("\\ud83d")."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _column(file: Path, name: str, values: list[Any]) -> pa.Array:
+    kinds = [type(value) for value in values]
+    if bool in kinds and (number := next((kind for kind in (float, int) if kind in kinds), None)):
+        row = kinds.index(bool) + 1  # Arrow takes it for 1.0 among real numbers
+        raise ValueError(
+            f"{file}, column {name!r:.60}: values of more than one type (row {row} holds {values[row - 1]!r}, row "
+            f"{kinds.index(number) + 1} {values[kinds.index(number)]!r:.60}). Use one type."
+        )
     try:
         return pa.array(values)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+    except UnicodeEncodeError as error:
+        odd = next(row for row in range(len(values)) if not _fit(values[row]))
+        raise ValueError(
+            f"{file}, column {name!r:.60}: row {odd + 1} holds {values[odd]!r:.60}, which is no valid Unicode text "
+            "(half of a character). Correct the row."
+        ) from error
+    except (pa.ArrowException, OverflowError) as error:
         first = next(row for row, value in enumerate(values) if value is not None)
         odd = next((row for row in range(len(values)) if not _fit(values[first], values[row])), None)
         found = f"row {first + 1} holds {values[first]!r:.60}, row {(odd or 0) + 1} {values[odd or 0]!r:.60}"
         found = found if odd is not None else str(error)
-        raise ValueError(f"{file}, column {name!r}: values of more than one type ({found}). Use one type.") from error
+        raise ValueError(
+            f"{file}, column {name!r:.60}: values of more than one type ({found}). Use one type."
+        ) from error
 
 
 def _fit(*values: Any) -> bool:
     try:
         return pa.array(values) is not None
-    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
+    except (pa.ArrowException, OverflowError, UnicodeEncodeError):
         return False
 
 
@@ -294,13 +344,15 @@ def require_columns(dataset: Dataset, columns: Iterable[str], split: str, argume
         if name not in dataset.column_names:
             advice = f"Rename it in the data, or give --{argument}." if argument else "Rename it in the data."
             raise ValueError(
-                f"the {split} data have no column {name!r}{closest(name, dataset.column_names)}: their columns are "
-                f"{', '.join(dataset.column_names)}. {advice}"
+                f"the {split} data have no column {name!r:.60}{closest(name, dataset.column_names)}: their columns "
+                f"are {', '.join(dataset.column_names):.300}. {advice}"
             )
 
 
 def closest(name: str, known: Iterable[str]) -> str:
     """` (did you mean 'x'?)`, or nothing when no known name is near."""
+    if len(str(name)) > 100:  # no name, and comparing it would take long
+        return ""
     near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
     return f" (did you mean {near[0]!r}?)" if near else ""
 

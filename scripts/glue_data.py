@@ -106,7 +106,10 @@ def choose_text_columns(data_args: GlueArguments, splits: dict[str, Dataset]) ->
         known = [task[0] for task in GLUE_TASKS.values()] + [["text"]]
         columns = next((pair for pair in known if set(pair) <= set(names)), names[:2])
         if not columns:
-            raise ValueError(f"no column holds text: the columns are {', '.join(features)}. Check the data.")
+            raise ValueError(
+                f"no column holds text: the columns of the {next(iter(splits))} data are "
+                f"{', '.join(features):.300}. Check the data."
+            )
         logger.info("Text columns: %s (choose others with --text_columns).", ", ".join(columns))
     for split, dataset in splits.items():
         require_columns(dataset, columns, split, "text_columns")

@@ -13,6 +13,8 @@ from transformers import PreTrainedConfig
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 PROBLEM_TYPES = (SINGLE, MULTI, REGRESSION)
 
+_LARGEST_NUMBER = 1e18  # float32 ends at 3e38
+
 
 @dataclass
 class Labels:
@@ -84,8 +86,8 @@ class Labels:
         name = self._name(value)
         if name not in self.names:
             raise ValueError(
-                f"{name!r} does not occur in the training data{closest(name, self.names)}, so the model has no output "
-                f"for it. Known labels: {_some(self.names)}. Correct or remove the row, or add examples to the "
+                f"{name!r:.60} does not occur in the training data{closest(name, self.names)}, so the model has no "
+                f"output for it. Known labels: {_some(self.names)}. Correct or remove the row, or add examples to the "
                 "training data."
             )
         return self.names.index(name)
@@ -147,8 +149,8 @@ def infer_labels(
         labels.names = collect_names(rows, column, split)
     if len(labels.names) < 2 and problem_type == SINGLE:
         raise ValueError(
-            f"every row of the {split} data has the label {labels.names[0]!r} in column {column!r}: there is nothing "
-            "to tell apart. Choose another column, or check how the file was made."
+            f"every row of the {split} data has the label {labels.names[0]!r:.60} in column {column!r}: there is "
+            "nothing to tell apart. Choose another column, or check how the file was made."
         )
     return labels
 
@@ -203,7 +205,7 @@ def follow_model(labels: Labels, config: PreTrainedConfig, training: bool) -> La
     """
     names, unnamed = model_names(config)
     by_name = {name.lower(): name for name in labels.names}
-    if not unnamed and sorted(by_name) == sorted(name.lower() for name in names):
+    if not unnamed and len(by_name) == len(labels.names) and sorted(by_name) == sorted(name.lower() for name in names):
         return replace(labels, names=[by_name[name.lower()] for name in names])
     if not training and labels.problem_type != REGRESSION and (not unnamed or len(names) != len(labels.names)):
         raise ValueError(
@@ -225,8 +227,8 @@ def _guess_problem_type(values: Sequence[Any], column: str, split: str, index_na
             for row, value in enumerate(values, 1):
                 if value and not _is_number(value):
                     raise ValueError(
-                        f"row {row} of the {split} data, column {column!r}: label {value!r} is no number, but those "
-                        f"of other rows are. Correct the row; if they are names, give --problem_type {SINGLE}."
+                        f"row {row} of the {split} data, column {column!r}: label {value!r:.60} is no number, but "
+                        f"those of other rows are. Correct the row; if they are names, give --problem_type {SINGLE}."
                     )
             return REGRESSION
     return SINGLE
@@ -243,12 +245,16 @@ def _is_number(value: str) -> bool:
 def _number(value: Any) -> float:
     try:
         number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if not math.isfinite(number):
+    if not math.isfinite(number) or "_" in str(value):  # float() takes 1_0 for 10
         raise ValueError(f"{value!r:.60} is no finite number, as regression needs. Correct or remove the row.")
+    if abs(number) > _LARGEST_NUMBER:
+        raise ValueError(
+            f"{value!r:.60} is too large: its squared error would be infinite. Correct or scale the labels."
+        )
     return number
 
 
 def _some(names: Sequence[str], most: int = 12) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return f"{', '.join(names[:most]):.300}" + (f" and {len(names) - most} more" if len(names) > most else "")

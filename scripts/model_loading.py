@@ -1,6 +1,7 @@
 """Loading a model and its tokenizer for the scripts, with errors that say what to change."""
 
 import logging
+import pickle
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -182,6 +183,24 @@ def _load(auto_class: Any, name: str, argument: str, model_args: ModelArguments,
     except OSError as error:
         where = "is not complete" if folder.is_dir() else "is neither a folder here nor could be loaded from the Hub"
         raise ValueError(f"--{argument}: {name} {where} ({' '.join(str(error).split())}).") from error
+    except Exception as error:  # of many kinds, when a file is damaged
+        reason = " ".join(str(error).split())
+        if "Unrecognized configuration class" in reason or "ignore_mismatched_sizes" in reason:
+            raise  # `load_model` explains these
+        if isinstance(error, pickle.UnpicklingError):
+            raise ValueError(
+                f"--{argument}: the weights of {name} are a pickle that is damaged or holds more than tensors, which "
+                "could run code when it is loaded. Choose a model with weights in safetensors."
+            ) from error
+        if "trust_remote_code" in reason:
+            raise ValueError(
+                f"--{argument}: {name} brings code of its own, which is run only when you ask for it: read that code, "
+                "then give --trust_remote_code, or choose another model."
+            ) from error
+        raise ValueError(
+            f"--{argument}: {name} cannot be loaded ({type(error).__name__}: {reason:.300}). A file of it may be "
+            "damaged, or from another version of transformers: fetch or save it again."
+        ) from error
 
 
 def fit_length(

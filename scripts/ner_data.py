@@ -81,8 +81,15 @@ def choose_labels(data_args: NerArguments, splits: dict[str, Dataset], config: A
     seen = collect_names(splits["train"][column], column, "train", names)
     if len(seen) < 2:
         raise ValueError(
-            f"the train data hold no other tag in column {column!r} than {', '.join(seen) or 'none'}: there is "
+            f"the train data hold no other tag in column {column!r} than {', '.join(seen) or 'none':.300}: there is "
             "nothing to tell apart. Choose another column, or check how the file was made."
+        )
+    odd = [name for name in seen if not has_chunks([name])]
+    if odd and any(name[:2] == "B-" for name in seen):
+        logger.warning(
+            "The tag %s marks no span as B-... and I-... do, so accuracy alone is reported, and no F1. Correct it if "
+            "it is a slip.",
+            odd[0],
         )
     if names is None and has_chunks(seen) and any(name[:2] == "I-" for name in seen):
         # A type that only ever had one word in training may have more elsewhere.
@@ -169,6 +176,11 @@ def tokenize(
     )
     first = list(encoded["first"])
     lost = [len(words) - sum(w >= 0 for w in row) for words, row in zip(dataset[words_column], first, strict=True)]
+    if not any(word >= 0 for row in first for word in row):
+        raise ValueError(
+            f"the {split} data hold no word that the model sees: column {words_column!r} is empty in every row, or "
+            "the tokenizer has no token for what is in it. Check how the file was made."
+        )
     if any(lost):
         logger.warning(
             "%s: %d words in %d of %d rows are lost to the model: they lie beyond --max_seq_length (%d tokens), or "

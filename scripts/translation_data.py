@@ -95,7 +95,7 @@ def read_pairs(dataset: Dataset, split: str, data_args: TranslationArguments) ->
                 found = "is missing" if value is None else f"holds {value!r:.60}, which is no text"
                 raise ValueError(
                     f"row {number} of the {split} data: {key!r} {found}. The row has: "
-                    f"{', '.join(present)}. Correct the row, or choose other languages or columns."
+                    f"{', '.join(present):.300}. Correct the row, or choose other languages or columns."
                 )
             side.append(value)
     sources, targets = pairs

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,9 @@ import run_glue_no_trainer
 import run_ner
 import run_translation
 import script_data as made
+import torch
+from corrupt_data import Payload
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, MBartConfig, MBartForConditionalGeneration
 
 SCRIPTS = {"glue": run_glue, "ner": run_ner, "translation": run_translation, "loop": run_glue_no_trainer}
@@ -182,6 +186,7 @@ def test_folder_in_use_is_left_as_it_is(tmp_path, capsys, models):
     check(refused("loop", tmp_path, capsys, model=models["encoder"], out="used"), "not empty")
     (folder / "checkpoint-3").mkdir()
     (folder / "checkpoint-3" / "trainer_state.json").write_text('{"global_step": 3}')
+    save_file({"weight": torch.zeros(1)}, folder / "checkpoint-3" / "model.safetensors")
     check(
         refused("glue", tmp_path, capsys, model=models["encoder"], out="used"),
         "checkpoint-3",
@@ -239,6 +244,72 @@ def test_model_that_is_nowhere(tmp_path, capsys):
     )
 
 
+def damaged(folder, name, change):
+    """A copy of a model's folder with a change."""
+    copy = folder / name
+    made.make_encoder(copy)
+    change(copy)
+    return str(copy)
+
+
+def as_pickle(model, payload=None):
+    """Replace the weights by a pickle of them, with an object that makes a folder when it is unpickled."""
+    weights = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    torch.save(weights if payload is None else {**weights, "x": payload}, model / "pytorch_model.bin")
+
+
+def with_code(model, payload):
+    """Say that the model needs the code beside it."""
+    config = json.loads((model / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "code.Config"}}
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "code.py").write_text(f"import os\nos.mkdir({str(payload.marker)!r})\n")
+
+
+def test_damaged_models(tmp_path, capsys):
+    for name, change, words in (
+        ("short", lambda m: os.truncate(m / "model.safetensors", 500), ["cannot be loaded", "damaged"]),
+        ("empty", lambda m: (m / "model.safetensors").write_bytes(b""), ["cannot be loaded", "damaged"]),
+        ("config", lambda m: (m / "config.json").write_text('{"a":'), ["config.json", "not a valid JSON"]),
+        ("tokenizer", lambda m: (m / "tokenizer.json").write_text("{}"), ["cannot be loaded", "damaged"]),
+        ("half", lambda m: (m / "tokenizer.json").write_text('{"a":'), ["cannot be loaded", "damaged"]),
+        ("type", lambda m: (m / "config.json").write_text('{"model_type": "x"}'), ["cannot be loaded", "`x`"]),
+    ):
+        message = refused("glue", tmp_path, capsys, model=damaged(tmp_path, name, change))
+        check(message, "--model_name_or_path", name, *words)
+
+
+def test_nothing_that_comes_with_a_model_or_data_is_run(tmp_path, capsys, models, monkeypatch):
+    """Pickles with code in them, models and data sets with code beside them: refused, and the code has not run."""
+    payload = Payload(tmp_path / "payload")
+    for name, change, words in (
+        ("pickle", lambda m: as_pickle(m, payload), ["more than tensors", "safetensors"]),
+        ("code", lambda m: with_code(m, payload), ["code of its own", "--trust_remote_code"]),
+    ):
+        check(refused("glue", tmp_path, capsys, model=damaged(tmp_path, name, change)), name, *words)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    for name, content in (("train.pkl", pickle.dumps(payload)), ("corpus.py", b"import os; os.mkdir('payload')")):
+        corpus = tmp_path / name.split(".")[1] / "corpus"
+        corpus.mkdir(parents=True)
+        (corpus / name).write_bytes(content)
+        more = (f"--dataset_name={corpus}", f"--cache_dir={tmp_path / 'cache'}")
+        check(refused("glue", tmp_path, capsys, *more, model=models["encoder"], data=False), "could not be loaded")
+    assert not payload.marker.exists() and not Path("payload").exists()
+    pickle.loads(pickle.dumps(payload))  # so it would have been seen
+    assert payload.marker.exists()
+
+
+def test_weights_in_an_old_file_are_read_without_running_anything(tmp_path):
+    """pytorch_model.bin with nothing but tensors still loads, and what is saved is safetensors."""
+    model = damaged(tmp_path, "old", as_pickle)
+    train = made.write(tmp_path / "train.jsonl", made.classification_rows("names", 12, 0))
+    run_glue.main([f"--train_file={train}", f"--model_name_or_path={model}", f"--output_dir={tmp_path / 'out'}",
+                   "--do_train", "--max_steps=1", "--use_cpu", "--save_strategy=no"])  # fmt: skip
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert {path.name for path in (tmp_path / "out").glob("*.bin")} <= {"training_args.bin"}
+
+
 def test_tokenizer_without_padding(tmp_path, capsys, models):
     tokenizer = made.make_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token = None
@@ -288,6 +359,15 @@ ROW = json.dumps({"sentence1": "a", "sentence2": "b", "label": 1})
         ("train.csv", b'sentence1,sentence2,label\n"a,b,1\nc,d,0\n', ["malformed csv", "end of data"]),
         ("train.csv", b"sentence1,label,label\na,b,1\n", ["line 1", "'label'", "more than once"]),
         ("train.txt", b"hello", ["no known format", ".jsonl"]),
+        ("train.pkl", b"\x80\x04N.", ["no known format", ".jsonl"]),
+        ("train.jsonl", f"{ROW}\n".encode() + b"[" * 100_000, ["line 2", "too many levels"]),
+        ("train.jsonl", f'{ROW}\n{ROW[:-1]}, "label": 0}}\n'.encode(), ["line 2", "'label'", "more than once"]),
+        ("train.jsonl", f"{ROW}\n{ROW[:-2]}{'9' * 5000}}}\n".encode(), ["line 2", "cannot be read", "4300 digits"]),
+        ("train.jsonl", ROW.replace('"a"', '"\\ud83d"').encode(), ["'sentence1'", "row 1", "half of a character"]),
+        ("train.jsonl", ROW.replace("sentence1", "\\ud83d").encode(), ["name of column", "no valid Unicode"]),
+        ("train.jsonl", ROW.replace('"a"', "[" * 100 + "]" * 100).encode(), ["no table", "Give columns"]),
+        ("train.jsonl", f"{ROW}\n{ROW[:-2]}true}}\n".encode(), ["row 2 holds True", "row 1 1", "more than one type"]),
+        ("train.jsonl", f"{ROW[:-2]}0.5}}\n{ROW[:-2]}true}}\n".encode(), ["row 2 holds True", "row 1 0.5"]),
         ("train.jsonl", f'{ROW}\n{ROW[:-2]}"x"}}\n'.encode(), ["'label'", "row 2", "'x'", "more than one type"]),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -302,6 +382,31 @@ def test_file_that_is_not_there(tmp_path, capsys, models):
     message = refused("glue", tmp_path, capsys, model=models["encoder"], train=str(tmp_path / "nothing.csv"))
     check(message, "nothing.csv", "does not exist")
     check(refused("glue", tmp_path, capsys, model=models["encoder"], train=str(tmp_path)), "is a folder")
+
+
+def test_path_that_is_no_file(tmp_path, capsys, models):
+    """A pipe would be waited for, and cannot be read twice."""
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "loop.jsonl").symlink_to(tmp_path / "loop.jsonl")
+    for name, word in (("pipe.jsonl", "is no regular file"), ("loop.jsonl", "does not exist")):
+        message = refused("glue", tmp_path, capsys, model=models["encoder"], train=str(tmp_path / name))
+        check(message, name, word)
+
+
+def test_messages_stay_short(tmp_path, capsys, models):
+    """What is found is cut where it is as long as a book."""
+    book = "very " * 200_000
+    for rows in (
+        [{book: "a", "label": 1}],
+        [glue_row(label=book), glue_row(label=book)],
+        [glue_row(sentence1={book: 1})],
+    ):
+        assert len(refused("glue", tmp_path, capsys, model=models["encoder"], train=rows)) < 1000
+    good = [glue_row(label="yes"), glue_row(label="no")]
+    message = refused("glue", tmp_path, capsys, model=models["encoder"], train=good, validation=[glue_row(label=book)])
+    assert len(message) < 1000
+    (tmp_path / "train.csv").write_text(f"{book},label\na,b,c\n")
+    assert len(refused("glue", tmp_path, capsys, model=models["encoder"], train=str(tmp_path / "train.csv"))) < 1000
 
 
 def test_data_set_of_the_hub(tmp_path, capsys, models, monkeypatch):
@@ -346,6 +451,8 @@ def without(row, name):
         (["--task_name=stsb"], [glue_row(label=2.5), glue_row(label=float("inf"))], ["row 2", "inf", "finite number"]),
         (["--task_name=stsb"], [glue_row(label="2.5"), glue_row(label="x")], ["row 2", "'x'", "finite number"]),
         (["--task_name=stsb"], [glue_row(label=[1.0])], ["row 1", "finite number"]),
+        (["--task_name=stsb"], [glue_row(label="2.5"), glue_row(label="1_0")], ["row 2", "'1_0'", "finite number"]),
+        (["--task_name=stsb"], [glue_row(label=2.5), glue_row(label=1e30)], ["row 2", "1e+30", "too large"]),
         ([], [glue_row(label="2.5"), glue_row(label="x")], ["row 2", "'x'", "--problem_type"]),
         ([], [glue_row(label=0), glue_row(label=None)], ["row 2", "missing"]),
         ([], [glue_row(label=1.5), glue_row(label=None)], ["row 2", "finite number"]),
@@ -393,11 +500,28 @@ def ner_row(**changes):
         ([], None, [ner_row(), ner_row(ner_tags=["B-god", "O", "O", "O"])], ["row 2", "validation", "'B-god'"]),
         ([], None, [ner_row(ner_tags=["O", "O"])], ["row 1", "validation", "4 words", "2 tags"]),
         ([], [ner_row(ner_tags=["O"] * 4)], None, ["no other tag", "O"]),
+        (
+            [],
+            None,
+            [ner_row(tokens=[], ner_tags=[])] * 2,
+            ["validation data", "no word that the model sees", "tokens"],
+        ),
+        ([], None, [ner_row(tokens=[" "], ner_tags=["O"])], ["validation data", "no word that the model sees"]),
     ],
 )
 def test_rows_of_ner(tmp_path, capsys, models, more, train, validation, words):
     message = refused("ner", tmp_path, capsys, *more, model=models["encoder"], train=train, validation=validation)
     check(message, *words)
+
+
+def test_a_tag_that_turns_the_f1_off_is_named(tmp_path, caplog, models):
+    train = made.write(tmp_path / "train.jsonl", [ner_row(), ner_row(ner_tags=["Bperson", "O", "O", "O"])] * 2)
+    with caplog.at_level("WARNING", logger="ner_data"):
+        results = run_ner.main([f"--train_file={train}", f"--validation_file={train}", "--do_train", "--do_eval",
+                                f"--model_name_or_path={models['encoder']}", f"--output_dir={tmp_path / 'out'}",
+                                "--max_steps=1", "--use_cpu", "--save_strategy=no"])  # fmt: skip
+    assert "Bperson marks no span" in caplog.text
+    assert "eval_accuracy" in results and "eval_f1" not in results
 
 
 # ---- Pairs of texts ----

@@ -1,5 +1,7 @@
 """Repeating a batch and cutting outputs back."""
 
+import collections
+
 import pytest
 import torch
 from transformers import BatchEncoding
@@ -77,3 +79,26 @@ def test_outputs_are_cut_back_to_the_rows_of_the_batch():
     assert out.logits.shape == (4, 2)  # the model's own output is left alone
     assert [t.shape for t in first_rows((torch.tensor(1.0), logits), 4, 2)] == [torch.Size([]), torch.Size([2, 2])]
     assert first_rows({"logits": logits, "note": "x"}, 4, 2)["note"] == "x"
+
+
+def test_a_cache_with_as_many_layers_as_rows_is_repeated_inside():
+    """Not taken for a list with a value per example."""
+    keys = torch.arange(4.0).view(2, 1, 2)
+    cache = repeat_batch({"labels": torch.zeros(2), "past_key_values": ((keys, keys), (keys, keys))})[
+        "past_key_values"
+    ]
+    assert len(cache) == 2 and all(torch.equal(t, torch.cat([keys, keys])) for layer in cache for t in layer)
+
+
+def test_outputs_of_any_mapping_type_are_cut_back():
+    for values in (BatchEncoding({"x": torch.zeros(4)}), collections.OrderedDict({0: torch.zeros(4), "n": 1})):
+        cut = first_rows(values, 4, 2)
+        assert type(cut) is type(values) and list(cut) == list(values)
+        assert next(iter(cut.values())).shape == (2,) and next(iter(values.values())).shape == (4,)
+
+
+def test_numbers_of_passes_that_make_no_sense():
+    with pytest.raises(ValueError, match="passes must be at least 1"):
+        repeat_batch({"labels": torch.zeros(2)}, 0)
+    with pytest.raises(ValueError, match="rows"):
+        stack_passes(torch.tensor(1.0), 2)

@@ -191,3 +191,21 @@ def test_errors_say_what_to_change():
     for agreement in AGREEMENTS.values():
         with pytest.raises(ValueError, match="at least two passes"):
             agreement(torch.zeros(1, 2, 3), None)
+
+
+@pytest.mark.parametrize("function", [bernoulli_agreement, squared_agreement])
+@pytest.mark.parametrize("filling", [float("nan"), float("inf"), float("-inf")])
+def test_masked_scores_that_are_not_finite_leave_the_gradient_alone(function, filling):
+    logits, mask = draw(2, 3, 2, seed=1), torch.tensor([[1, 0], [1, 1], [0, 1]]).bool()
+    clean = logits.clone().requires_grad_()
+    spoilt = logits.masked_fill(~mask, filling).requires_grad_()
+    values = [function(x, mask) for x in (clean, spoilt)]
+    gradients = [torch.autograd.grad(value, x)[0] for value, x in zip(values, (clean, spoilt), strict=True)]
+    assert torch.equal(*values) and torch.equal(*gradients) and not gradients[0][:, ~mask].any()
+
+
+def test_masks_of_other_shapes_are_refused_and_no_classes_are_no_disagreement():
+    for function in (bernoulli_agreement, squared_agreement):
+        with pytest.raises(ValueError, match=r"mask has shape \(3,\).*\(4, 3\)"):
+            function(torch.zeros(2, 4, 3), torch.ones(3))  # would have been spread over the rows
+    assert softmax_agreement(torch.zeros(2, 4, 0)) == 0

@@ -267,3 +267,16 @@ def test_bad_arguments_are_named(change, message):
     arguments = {"hidden": hidden, "weight": weight, "bias": bias, "labels": labels, "alpha": 1.0, **change}
     with pytest.raises(ValueError, match=message):
         linear_rdrop_loss(**arguments)
+
+
+def test_shapes_and_labels_that_would_be_misread():
+    hidden, weight, labels = torch.zeros(4, 3), torch.zeros(2, 3), torch.tensor([0, 1])
+    for arguments, words in (
+        ((hidden, weight, labels, torch.zeros(2, 1)), "do not fit"),  # would be spread over two rows
+        ((hidden, weight[:0], labels - 100, None), "do not fit"),
+        ((hidden, weight, torch.tensor(0), None), "one row per pass"),
+        ((hidden, weight, labels.float(), None), "class indices"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            linear_rdrop_loss(*arguments[:3], bias=arguments[3], alpha=1.0)
+    assert linear_rdrop_loss(hidden, weight, labels.int(), alpha=1.0).ce == pytest.approx(0.6931, rel=1e-3)

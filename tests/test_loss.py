@@ -128,3 +128,32 @@ def test_bad_shapes():
         RDropLoss()(z, z, torch.zeros(4, 3).long())
     with pytest.raises(ValueError, match="one target per score"):
         RDropLoss(problem_type="multi_label_classification")(z, z, torch.zeros(4))
+
+
+def test_ignored_items_that_are_not_finite_leave_loss_and_gradient_alone():
+    logits, labels = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([1, -100, 3])
+    clean, spoilt = logits.clone().requires_grad_(), logits.clone()
+    spoilt[:, 1] = float("nan")
+    spoilt.requires_grad_()
+    losses = [RDropLoss(2.0)(*x, labels).loss for x in (clean, spoilt)]
+    gradients = [torch.autograd.grad(loss, x)[0] for loss, x in zip(losses, (clean, spoilt), strict=True)]
+    assert torch.equal(*losses) and torch.equal(*gradients) and gradients[0].any()
+
+
+@pytest.mark.parametrize("problem_type", ["regression", "multi_label_classification"])
+def test_no_rows_give_no_loss(problem_type):
+    assert RDropLoss(1.0, problem_type)(torch.zeros(0, 3), torch.zeros(0, 3), torch.zeros(0, 3)) == (0, 0, 0)
+
+
+def test_labels_that_are_no_class_indices():
+    logits = torch.zeros(2, 3)
+    for labels, words in (
+        (torch.tensor([0, 3]), "0, 3.*-100, got 3 to 3"),
+        (torch.tensor([-1, 0]), "got -1 to -1"),
+        (torch.tensor([0.0, 1.0]), "class indices, got torch.float32"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            RDropLoss()(logits, logits, labels)
+    assert RDropLoss()(logits, logits, torch.tensor([0, 2], dtype=torch.int32)).ce == pytest.approx(1.0986, rel=1e-4)
+    with pytest.raises(ValueError, match="one class index per item"):
+        RDropLoss()(torch.tensor(0.0), torch.tensor(0.0), torch.tensor(0))
