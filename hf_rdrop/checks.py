@@ -1,9 +1,11 @@
 """Set-ups that cannot work are refused before the first step: what is wrong, why it matters, what to change."""
 
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
 
 from .dropout import inspect_dropout, is_stochastic
 from .heads import SUPPORTED_HEADS
@@ -18,6 +20,25 @@ PACKED_INPUTS = frozenset(
 )
 
 
+def check_bases(cls: type, mixin: type) -> None:
+    """Check that a class derived from the mixin changes a `Trainer`, and comes before it.
+
+    Raises:
+        TypeError: when it does not.
+    """
+    order = cls.__mro__
+    if Trainer not in order and hasattr(cls, "train"):
+        raise TypeError(
+            f"{cls.__name__} is no transformers.Trainer: R-Drop changes the compute_loss of one. (setfit's Trainer "
+            "holds one that trains embeddings on a contrastive loss, which has no logits to compare.)"
+        )
+    if Trainer in order and order.index(Trainer) < order.index(mixin):
+        raise TypeError(
+            f"{cls.__name__} names {mixin.__name__} after its Trainer, whose methods would hide those of R-Drop: "
+            f"training would be plain. Write class {cls.__name__}({mixin.__name__}, ...), the mixin first."
+        )
+
+
 def check_training_setup(trainer: "RDropMixin") -> None:
     """Check model, arguments and parallelism when training begins.
 
@@ -26,6 +47,7 @@ def check_training_setup(trainer: "RDropMixin") -> None:
     """
     alpha = trainer.rdrop_argument("alpha")
     check_alpha(alpha)  # once more: a hyper-parameter search sets it on the arguments
+    check_processes(trainer.args)
     if trainer.args.n_gpu > 1:
         raise ValueError(
             f"{trainer.args.n_gpu} GPUs in one process (torch.nn.DataParallel) would divide a repeated batch across "
@@ -34,10 +56,12 @@ def check_training_setup(trainer: "RDropMixin") -> None:
         )
     if alpha == 0:
         return
-    if "labels" not in trainer.label_names and hasattr(trainer.base_model, "config"):
+    asked = trainer.args.label_names is not None  # then the first batch will show whether they are class labels
+    known = not trainer.label_names or not {"labels", "label"}.isdisjoint(trainer.label_names)
+    if not known and not asked and hasattr(trainer.base_model, "config"):
         raise ValueError(
             f"R-Drop does not support the head of {type(trainer.base_model).__name__}: it is trained on "
-            f"{', '.join(trainer.label_names) or 'no labels'}, not on `labels`. Supported heads: {SUPPORTED_HEADS}. "
+            f"{', '.join(trainer.label_names)}, not on `labels`. Supported heads: {SUPPORTED_HEADS}. "
             "Use one of these, or set rdrop_alpha to 0."
         )
     parallelism = getattr(trainer.accelerator, "parallelism_config", None)
@@ -49,6 +73,30 @@ def check_training_setup(trainer: "RDropMixin") -> None:
         )
     if not trainer.args.neftune_noise_alpha:  # that noise differs between the passes too
         check_stochastic(trainer.base_model)
+
+
+def check_processes(args: TrainingArguments) -> None:
+    """Check that several processes were started if several were asked for, and know of each other.
+
+    Raises:
+        ValueError: when each would train alone, or one does in place of all.
+    """
+    if args.world_size > 1:
+        return
+    started = os.environ.get("WORLD_SIZE", "")
+    if started.isdigit() and int(started) > 1:
+        raise ValueError(
+            f"{started} processes were started, but each would train a model of its own, with the same output folder: "
+            "on a machine without a GPU they only join with use_cpu=True (--use_cpu on a command line). Set it."
+        )
+    # What `accelerate launch` leaves for the single process it starts for several on a CPU.
+    if not started and "MASTER_PORT" in os.environ and os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
+        raise ValueError(
+            "`accelerate launch` was asked for several processes on the CPU, but has started one, which would train "
+            "alone: it needs an mpirun for more (distributed_type: MULTI_CPU, --cpu). Use `torchrun --nproc_per_node "
+            "2 ... --use_cpu`, or a configuration of distributed_type MULTI_GPU with use_cpu: true and --use_cpu "
+            "(scripts/accelerate/cpu.yaml); for one process unset MASTER_PORT."
+        )
 
 
 def check_stochastic(model: nn.Module) -> None:

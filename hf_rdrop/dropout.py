@@ -5,6 +5,7 @@ Works on any `nn.Module`: dropout is found by the types and names of modules and
 
 import dis
 import inspect
+import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -14,7 +15,11 @@ from itertools import pairwise
 from numbers import Real
 from typing import Any, NamedTuple, TypeGuard
 
+import torch
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from torch import nn
+
+logger = logging.getLogger(__name__)
 
 # Tried in this order, because "layerdrop" and "path_dropout" are not dropout of single elements. The rank_dropout and
 # module_dropout of PEFT's LoHa and LoKr change the weight: drawn once for the whole batch, as layerdrop is.
@@ -166,9 +171,9 @@ def set_dropout(model: nn.Module, p: float) -> None:
     None because it falls back to another one stays None. Layerdrop and stochastic depth (drop path) keep their rates.
     With a PEFT adapter, `lora_dropout` is set as well, in the adapter's config too.
 
-    A rate that a model's code fixes without asking its config is not stored by `save_pretrained`, nor are the base
-    model's rates when only an adapter is saved: call this again after loading. No weight is touched and no random
-    number is drawn.
+    A rate that a model's code fixes without asking its config is not stored by `save_pretrained`, nor is one that the
+    config's type does not admit (MPT's is a whole number; a warning says so), nor are the base model's rates when only
+    an adapter is saved: call this again after loading. No weight is touched and no random number is drawn.
 
     Args:
         model: the model, changed in place.
@@ -208,7 +213,10 @@ def set_dropout(model: nn.Module, p: float) -> None:
             if _kind(name) != "functional":
                 continue
             if _is_rate(value):
-                setattr(config, name, rate)
+                try:
+                    setattr(config, name, rate)
+                except StrictDataclassFieldValidationError as error:  # MPT's takes whole numbers only
+                    logger.warning(f"The config keeps {name}={value!r}, so save_pretrained loses the rate: {error}")
             elif isinstance(value, (list, tuple)) and all(map(_is_rate, value)):  # one rate per stage, as in CvT
                 setattr(config, name, type(value)([rate] * len(value)))
 
@@ -222,6 +230,23 @@ def modes_restored(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+def draw_own_masks(rank: int, device: torch.device) -> None:
+    """Let dropout on `device` go on with a stream of random numbers of this process's own.
+
+    Trainer gives every process the same seed, so that all would drop the same places of their batches. The first
+    process keeps its stream: alone, it trains as without this. On a GPU the CPU's stream stays the same for all, from
+    which the order of the data and LayerDrop may come.
+
+    Args:
+        rank: number of this process among those that have different rows.
+        device: where the model is.
+    """
+    if rank > 0:
+        seed = (torch.initial_seed() + rank * 0x9E3779B97F4A7C15) % 2**63  # far from the seed of any other run
+        generator: Any = torch.default_generator if device.type == "cpu" else getattr(torch, device.type)
+        generator.manual_seed(seed)
 
 
 @contextmanager

@@ -4,11 +4,13 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from .cost import predict_cost
 from .fused_head import FusedHead, choose_fused_head
 from .model_shape import describe_model
+from .parent_loss import check_class_indices
 from .trunk import SharedTrunk
 from .trunk_check import check_shared_trunk
 
@@ -27,6 +29,7 @@ class Economies:
     Attributes:
         trunk: the shared lower layers, None when nothing is shared.
         fused_head: the head that computes the loss itself, None when the full logits are used. Known after `try_out`.
+        tried_out, compared: whether the first batch, and the first logits of several passes, have been looked at.
 
     Raises:
         ValueError: when the model's layers cannot be shared.
@@ -36,12 +39,12 @@ class Economies:
         self.trainer = trainer
         self.trunk: SharedTrunk | None = None
         self.fused_head: FusedHead | None = None
-        self.tried_out = False
+        self.tried_out = self.compared = False
         if trainer.rdrop_argument("alpha") and (shared := trainer.rdrop_argument("shared_layers")):
             self.trunk = SharedTrunk(trainer.base_model, shared, non_batch_inputs=trainer.non_batch_inputs)
 
     def try_out(self, model: nn.Module, inputs: Mapping[str, Any], labels: Tensor) -> None:
-        """Check on the rows of the first batch that every economy does what it should.
+        """Check on the rows of the first batch that labels are right and every economy does what it should.
 
         Args:
             model: the model as training calls it.
@@ -49,9 +52,11 @@ class Economies:
             labels: its labels.
 
         Raises:
-            ValueError: when the model does not work with its layers shared, or with the fused head asked for.
+            ValueError: when a label is no class of the model, or when the model does not work with its layers shared
+                or with the fused head asked for.
         """
         self.tried_out, trainer = True, self.trainer
+        check_class_indices(trainer.base_model, labels)
         model = getattr(model, "_orig_mod", model)  # nothing is compiled for the sake of a check
         if self.trunk is not None:
             passes = trainer.rdrop_argument("passes")
@@ -66,6 +71,7 @@ class Economies:
             shift_labels=trainer.shifts_labels,
             obstacle=trainer.user_of_outputs,
         )
+        torch.clear_autocast_cache()  # torch before 2.8 would train on with the casts of the checks, without gradient
         if trainer.is_world_process_zero():
             logger.info(self.describe_cost(inputs))
 

@@ -1,5 +1,6 @@
 """Pushing to the Hub: the Trainer's own way, but what leaves this machine is a clean copy of the output folder."""
 
+import contextlib
 import copy
 import logging
 import os
@@ -7,11 +8,11 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from filelock import FileLock, Timeout
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.utils import httpx
 from transformers import Trainer, TrainingArguments
@@ -25,6 +26,9 @@ else:
     _AnyTrainer = object  # a mixin, like RDropMixin
 
 logger = logging.getLogger(__name__)
+
+LOCK = "_lock"  # in the copy that an upload is made of, held by its process; "_*" is never uploaded
+_locks: dict[Path, FileLock] = {}
 
 
 class CleanPushMixin(_AnyTrainer):
@@ -46,6 +50,8 @@ class CleanPushMixin(_AnyTrainer):
         return Path(str(self.args.output_dir))
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        if self.is_world_process_zero():
+            _remove_stale(self._output_dir)
         with _explained("the repository on the Hub cannot be made ready. Nothing was uploaded, no training was lost."):
             super().init_hf_repo(*args, **kwargs)
             if not self.is_world_process_zero():
@@ -108,7 +114,11 @@ class CleanPushMixin(_AnyTrainer):
 
     def _make_staging(self) -> Path:
         self._output_dir.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix="_upload-", dir=self._output_dir))  # hard links need the same file system
+        # In the output folder, because hard links need the same file system.
+        staging = Path(tempfile.mkdtemp(prefix="_upload-", dir=self._output_dir))
+        _locks[staging] = FileLock(staging / LOCK)
+        _locks[staging].acquire()
+        return staging
 
     def _private(self) -> Private:
         folders = [self._output_dir, Path.cwd(), Path.home()]
@@ -127,7 +137,7 @@ class CleanPushMixin(_AnyTrainer):
         return args
 
 
-@contextmanager
+@contextlib.contextmanager
 def _explained(what_failed: str) -> Iterator[None]:
     """Turn the client's errors into one that a user can act on."""
     try:
@@ -154,9 +164,20 @@ def _remove_after(jobs: "list[Future[Any]]", folder: Path | None) -> None:
     def remove(job: Any = None) -> None:
         left.discard(job)
         if not left and folder is not None:
+            _locks.pop(folder).release()
             shutil.rmtree(folder, ignore_errors=True)
 
     if not jobs:
         remove()
     for job in jobs:
         job.add_done_callback(remove)
+
+
+def _remove_stale(folder: Path) -> None:
+    """Remove the copies whose uploads died with their process; the lock of one that lives is held."""
+    for lock in folder.glob(f"_upload-*/{LOCK}"):
+        held = FileLock(lock)
+        with contextlib.suppress(Timeout, OSError):
+            held.acquire(timeout=0)
+            held.release()
+            shutil.rmtree(lock.parent, ignore_errors=True)

@@ -1,6 +1,7 @@
 """The parts of the loss: summed on the device, read once per log line."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,13 +15,26 @@ class LossLog:
 
     Args:
         step: optimizer steps done so far (more than 0 when training resumes).
+        saved: the `state` of the log that it continues.
+        device: where the sums are kept.
     """
 
-    def __init__(self, step: int = 0) -> None:
-        self._sums: Tensor | None = None
-        self._since = step
-        self._early: Tensor | None = None
+    def __init__(self, step: int = 0, saved: Mapping[str, Any] | None = None, device: Any = None) -> None:
+        saved = saved or {}
+        self._sums: Tensor | None = _to_tensor(saved.get("sums"), device)
+        self._since = saved.get("since", step)
+        self._early: Tensor | None = _to_tensor(saved.get("early"), device)
         self._watching = step < INERT_STEPS
+
+    def state(self, gather: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        """The sums, as means over all processes, in a form for JSON."""
+        sums, early = (None if x is None else gather(x[None]).mean(0).tolist() for x in (self._sums, self._early))
+        return {"sums": sums, "since": self._since, "early": early}
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was added since the last log line."""
+        return self._sums is None
 
     def add(self, step: int, parts: Tensor, has_agreement: bool, skip_nan: bool) -> None:
         """Add one batch.
@@ -32,12 +46,12 @@ class LossLog:
             skip_nan: count the average so far instead of a nan or inf, as the Trainer does for `loss`.
         """
         if self._sums is None:
-            self._sums, self._since = torch.zeros_like(parts), step
+            self._sums, self._since = torch.zeros_like(parts, dtype=torch.float32), step
         if skip_nan:
             parts = torch.where(parts[0].isfinite(), parts, self._sums / (1 + step - self._since))
         self._sums += parts
         if self._watching and has_agreement:
-            self._early = parts if self._early is None else self._early + parts
+            self._early = parts.float() if self._early is None else self._early + parts
 
     def take(self, step: int, gather: Callable[[Tensor], Tensor]) -> tuple[float, float] | None:
         """Mean CE and KL of an optimizer step over all processes since the last call, None when nothing was added."""
@@ -56,3 +70,7 @@ class LossLog:
             return None
         _, ce, kl = (early / INERT_STEPS).tolist()
         return (alpha / 2 * kl, ce) if alpha / 2 * kl < INERT_SHARE * ce else None
+
+
+def _to_tensor(sums: list[float] | None, device: Any) -> Tensor | None:
+    return None if sums is None else torch.tensor(sums, device=device)

@@ -137,7 +137,7 @@ def describe_model(model: nn.Module, inputs: Mapping[str, Any], *, itemsize: int
         items=labels.shape[-1] if by_token else 1,
         width=width,
         classes=config.vocab_size if is_lm else config.num_labels,
-        trainable=sum(p.numel() for p in parameters if p.requires_grad),
+        trainable=sum(getattr(p, "ds_numel", p.numel()) for p in parameters if p.requires_grad),  # ZeRO-3 leaves none
         trained_share=sum(a * b * is_trained for a, b, is_trained in matrices) / sum(a * b for a, b, _ in matrices),
         labelled=float((labels != -100).float().mean()) if by_token and on_cpu else 1.0,
         itemsize=itemsize or parameters[0].element_size(),

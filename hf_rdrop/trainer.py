@@ -9,13 +9,15 @@ from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 
 from .batch import NON_BATCH_INPUTS, first_rows, get_batch_size, repeat_batch
-from .checks import check_batch, check_training_setup
-from .dropout import inspect_dropout, set_dropout
+from .checks import check_bases, check_batch, check_training_setup
+from .dropout import draw_own_masks, inspect_dropout, set_dropout
 from .economies import Economies
-from .heads import find_logits, predicts_next_token, resolve_head, valid_items
+from .heads import predicts_next_token, resolve_head, valid_items
 from .hub import CleanPushMixin
 from .loss_log import INERT_SHARE, INERT_STEPS, LossLog
 from .model_card import write_card
+from .parent_loss import check_comparison, check_was_called, logits_to_compare, recorded_outputs
+from .resuming import ResumeMixin, set_epoch
 from .training_args import RDropArguments
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ else:
 logger = logging.getLogger(__name__)
 
 
-class RDropMixin(CleanPushMixin, _AnyTrainer):
+class RDropMixin(CleanPushMixin, ResumeMixin, _AnyTrainer):
     """Makes the objective of the `Trainer` class it is mixed in before R-Drop's: ``class T(RDropMixin, MyTrainer)``.
 
     In training, each batch is repeated (`[x; x]`, one forward, two dropout masks) and
@@ -68,6 +70,10 @@ class RDropMixin(CleanPushMixin, _AnyTrainer):
     non_batch_inputs: frozenset[str] = NON_BATCH_INPUTS
     compute_loss_func: Callable[..., Tensor] | None
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        check_bases(cls, RDropMixin)
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # Have the Trainer count the valid items of each optimizer step whatever the model accepts, and take our loss
@@ -82,11 +88,6 @@ class RDropMixin(CleanPushMixin, _AnyTrainer):
         self.add_callback(_RDropCallback(self))
 
     # ---- Set-up ----
-
-    def call_model_init(self, trial: Any = None) -> nn.Module:
-        model = super().call_model_init(trial)
-        self._apply_dropout(model)
-        return model
 
     def _apply_dropout(self, model: Any) -> None:
         if (p := self.rdrop_argument("dropout")) is not None:
@@ -122,18 +123,25 @@ class RDropMixin(CleanPushMixin, _AnyTrainer):
         """Whose code is handed the model's outputs in training, logits included, if anybody's beside Trainer's."""
         if self.compute_loss_func is not None:
             return "compute_loss_func gets the model's outputs"
+        return f"{self._parent_loss} gets the model's outputs" if self._parent_loss else None
+
+    @property
+    def _parent_loss(self) -> str | None:
+        """The parent's `compute_loss` by name, if it is not Trainer's."""
         parent: Any = super().compute_loss
-        own = parent.__func__ is not Trainer.compute_loss
-        return f"{parent.__func__.__qualname__} gets the model's outputs" if own else None
+        return None if parent.__func__ is Trainer.compute_loss else parent.__func__.__qualname__
 
     def _begin_training(self) -> None:
         """Refuse what cannot work, with a reason, before the first step; forget an interrupted run."""
-        self._apply_dropout(self.model)  # a hyper-parameter search sets the rate after it has made the model
-        self._log = LossLog(self.state.global_step)
+        self._apply_dropout(self.model)  # a new one when there is a `model_init`
+        self._log = self._restore_log()
         if self._economies is not None:
             self._economies.remove()
         check_training_setup(self)
         self._economies = Economies(self)
+        # (Processes that share a batch, in tensor parallelism, must draw the same.)
+        tensor_parallel = getattr(getattr(self.accelerator, "parallelism_config", None), "tp_size", 1)
+        draw_own_masks(self.accelerator.process_index // tensor_parallel, self.args.device)
 
     @property
     def _passes(self) -> int:
@@ -146,10 +154,12 @@ class RDropMixin(CleanPushMixin, _AnyTrainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         try:
-            return super().training_step(*args, **kwargs)
+            loss = super().training_step(*args, **kwargs)
         finally:
             if self._economies is not None:
                 self._economies.stop()
+        check_was_called(type(self), self._log)
+        return loss
 
     def compute_loss(
         self,
@@ -161,7 +171,10 @@ class RDropMixin(CleanPushMixin, _AnyTrainer):
         """R-Drop's loss in training, the plain mean loss of one pass in evaluation. See `RDropMixin`."""
         if not model.training:
             # A copy, because the Trainer pops the labels off the dict when it smooths them.
-            loss, outputs = super().compute_loss(model, dict(inputs), return_outputs=True, num_items_in_batch=None)
+            found: Any = super().compute_loss(model, dict(inputs), return_outputs, num_items_in_batch=None)
+            loss, outputs = found if return_outputs else (found, None)
+            if (count := self._count_items(inputs)) is not None:
+                loss = torch.where(count > 0, loss, 0)  # as in training: not nan for rows without a valid item
             return (loss, outputs) if return_outputs else loss
 
         alpha, passes, outputs, fused_head = self.rdrop_argument("alpha"), self._passes, None, None
@@ -186,15 +199,19 @@ class RDropMixin(CleanPushMixin, _AnyTrainer):
             )
         else:
             repeated = self.repeat(inputs, passes) if passes > 1 else dict(inputs)
-            ce, outputs = super().compute_loss(model, repeated, return_outputs=True, num_items_in_batch=None)
+            with recorded_outputs(model if self._parent_loss else None) as recorded:
+                ce, outputs = super().compute_loss(model, repeated, return_outputs=True, num_items_in_batch=None)
             if count is not None:
                 ce = torch.where(count > 0, ce, 0)  # the mean over no item is 0 and not nan
             loss, kl = ce, torch.zeros_like(ce)
             if passes > 1:
                 size = self._batch_size(inputs)
-                logits = find_logits(outputs, rows=passes * size)
+                logits = logits_to_compare(outputs, recorded, ce, rows=passes * size, name=self._parent_loss)
                 config = getattr(self.base_model, "config", None)
                 head = resolve_head(config, logits, labels, passes, self.shifts_labels)
+                if not economies.compared:
+                    economies.compared = True
+                    check_comparison(config, head, logits, labels, passes, ce)
                 kl = head.agreement(logits, passes)
                 loss = ce + alpha / 2 * kl
                 outputs = first_rows(outputs, passes * size, size) if return_outputs else None
@@ -217,7 +234,8 @@ class RDropMixin(CleanPushMixin, _AnyTrainer):
     # ---- Normalisation over the optimizer step ----
 
     def find_labels(self, inputs: Mapping[str, Any]) -> Tensor | None:
-        found = (inputs[name] for name in ("labels", *self.label_names) if isinstance(inputs.get(name), Tensor))
+        names = ("labels", "label", *self.label_names)
+        found = (inputs[name] for name in names if isinstance(inputs.get(name), Tensor))
         return next(found, None)
 
     def _count_items(self, inputs: Mapping[str, Any]) -> Tensor | None:
@@ -273,13 +291,16 @@ class RDropMixin(CleanPushMixin, _AnyTrainer):
 
 
 class _RDropCallback(TrainerCallback):
-    """The two moments of training for which Trainer has no method to override."""
+    """The moments of training for which Trainer has no method to override."""
 
     def __init__(self, trainer: RDropMixin) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self.trainer._begin_training()  # also when `auto_find_batch_size` starts again
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        set_epoch(kwargs["train_dataloader"], int(state.epoch or 0))
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         self.trainer._warn_if_inert()

@@ -24,7 +24,9 @@ def find_layer_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
     """The lists of transformer layers in `model` by qualified name, without those inside another one."""
     stacks: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
-        is_stack = isinstance(module, nn.ModuleList) and all(isinstance(m, GradientCheckpointingLayer) for m in module)
+        is_stack = isinstance(module, nn.ModuleList) and all(
+            isinstance(_unwrapped(layer), GradientCheckpointingLayer) for layer in module
+        )
         if is_stack and len(module) and not any(name.startswith(f"{outer}.") for outer in stacks):
             stacks[name] = module
     return stacks
@@ -69,7 +71,8 @@ class SharedTrunk:
         self.model, self.num_layers = model, sizes[0]
         self.shared_layers = _count_shared_layers(shared_layers, sizes)
         self.non_batch_inputs = frozenset(non_batch_inputs)
-        self.layers = [layer for stack in stacks.values() for layer in stack][: self.shared_layers]
+        layers = [_unwrapped(layer) for stack in stacks.values() for layer in stack]
+        self.layers = layers[: self.shared_layers]
         _check_layerdrop(model, list(stacks)[: 1 + (self.shared_layers > self.num_layers)])
         self._passes = 1  # 1: the hooks do nothing
         self._handles = []
@@ -102,7 +105,7 @@ class SharedTrunk:
         passes = self._passes
         if passes == 1:
             return None
-        named_args = list(zip(names + ("",) * len(args), args, strict=False))
+        names += ("",) * len(args)
         rows = len(_first_tensor((kwargs.get("hidden_states"), *args, *kwargs.values())))
         rows = rows if is_first else rows * passes
 
@@ -112,7 +115,9 @@ class SharedTrunk:
             fewest = _FEWEST_DIMS.get(name, 2)
             return map_tensors(lambda t: t[: rows // passes] if t.dim() >= fewest and len(t) == rows else t, value)
 
-        return tuple(cut(*item) for item in named_args), {name: cut(name, value) for name, value in kwargs.items()}
+        # (torch 2.7 compiles no zip with strict=False.)
+        args = tuple(cut(names[i], value) for i, value in enumerate(args))
+        return args, {name: cut(name, value) for name, value in kwargs.items()}
 
     def _repeat_output(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         passes = self._passes
@@ -120,6 +125,11 @@ class SharedTrunk:
             return None
         size = len(_first_tensor((output,) if isinstance(output, Tensor) else output))
         return map_tensors(lambda t: torch.cat([t] * passes) if t.dim() >= 2 and len(t) == size else t, output)
+
+
+def _unwrapped(layer: nn.Module) -> nn.Module:
+    """The layer in torch's `CheckpointWrapper`, which FSDP's activation checkpointing puts around it."""
+    return getattr(layer, "_checkpoint_wrapped_module", layer)
 
 
 def _stacks_to_share(model: nn.Module) -> dict[str, nn.ModuleList]:

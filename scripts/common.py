@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -16,9 +17,12 @@ from data_files import closest
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from hf_rdrop.card_text import write_atomically as write_file
+from hf_rdrop.checkpoints import check_checkpoint, last_finished
+from hf_rdrop.sigterm import STATUS
 
 LOWER_IS_BETTER = re.compile(r"(loss|nll|ece|brier|mse|perplexity)$")  # by the end of a metric's name
 LAST_RESULT_FILE = "all_results.json"  # written after everything else: only a finished run has it
+RESUME_OPTION = "--resume_from_checkpoint {}"
 RESULT_FILES = (
     *("train_results.json", "eval_results.json", "predict_results.json", "trainer_state.json"),
     "consistency.json",
@@ -78,6 +82,7 @@ def _json_arguments(parser: HfArgumentParser, file: Path) -> list[str]:
 
 def cli(main: Callable[[], Any]) -> None:
     """Run a script: an error of the user's ends it with one message and status 2, without a traceback."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(STATUS))  # not at once: temporary folders and locks go first
     try:
         main()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -116,6 +121,11 @@ def start_run(args: TrainingArguments) -> str | None:
         logging.getLogger(name).setLevel(scripts_level)
     if args.disable_tqdm or not args.should_log:
         datasets.disable_progress_bars()
+    if args.enable_jit_checkpoint:
+        raise ValueError(
+            "--enable_jit_checkpoint is not needed: on SIGTERM the scripts save a checkpoint after the step and stop. "
+            "Leave it out."
+        )
     if not (args.do_train or args.do_eval or args.do_predict):
         raise ValueError("nothing to do: give at least one of --do_train, --do_eval and --do_predict.")
     set_seed(args.seed)
@@ -129,10 +139,9 @@ def find_checkpoint(output_dir: str, resume: str | None, training: bool = True) 
         raise ValueError(f"--output_dir {folder} is a file: the run needs a folder. Choose another name.")
     if not training:
         return None
-    checkpoints = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit() and _is_complete(path)]
-    last = max(checkpoints, key=lambda path: int(path.name[11:]), default=None)
     if resume is None:
         if folder.is_dir() and any(folder.iterdir()):
+            last = last_finished(folder)
             go_on = f"go on from {last.name} with --resume_from_checkpoint last, or " if last else ""
             raise ValueError(
                 f"--output_dir {folder} is not empty, and a new run would mix its files with those there. Nothing was "
@@ -140,25 +149,14 @@ def find_checkpoint(output_dir: str, resume: str | None, training: bool = True) 
             )
         return None
     if resume.lower() in ("true", "last"):
-        if last is None:
+        if (last := last_finished(folder)) is None:
             raise ValueError(
                 f"--resume_from_checkpoint {resume}: {folder} holds no complete checkpoint. Start anew in another "
                 "--output_dir, or name the folder of a checkpoint."
             )
-        return str(last)
-    if not _is_complete(Path(resume)):
-        raise ValueError(
-            f"--resume_from_checkpoint {resume} is no complete checkpoint (a folder with trainer_state.json). Name a "
-            "checkpoint-* folder, or `last` for the newest in --output_dir."
-        )
+        resume = str(last)
+    check_checkpoint(Path(resume), RESUME_OPTION)
     return resume
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    try:  # the state is what a checkpoint writes last, so a run killed while it saved leaves none, or half of one
-        return bool(json.loads((checkpoint / "trainer_state.json").read_text("utf-8")))
-    except (OSError, ValueError):
-        return False
 
 
 # ---- Files that are either whole or not there ----

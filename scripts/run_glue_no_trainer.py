@@ -23,7 +23,16 @@ import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
-from common import LAST_RESULT_FILE, cli, find_checkpoint, parse_arguments, read_json, remove_results, write_json
+from common import (
+    LAST_RESULT_FILE,
+    RESUME_OPTION,
+    cli,
+    find_checkpoint,
+    parse_arguments,
+    read_json,
+    remove_results,
+    write_json,
+)
 from glue_data import (
     GlueArguments,
     build_metric,
@@ -42,6 +51,7 @@ from transformers import AutoModelForSequenceClassification, DataCollatorWithPad
 
 from hf_rdrop import RDropArguments, RDropLoss, set_dropout
 from hf_rdrop.batch import repeat_batch, split_passes
+from hf_rdrop.checkpoints import saving
 from hf_rdrop.checks import check_stochastic
 
 logger = logging.getLogger(__name__)
@@ -188,10 +198,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 loss_sum, logged = loss_sum + values[0], step
                 sums.zero_()
             if save:
-                accelerator.save_state(str(folder / f"checkpoint-{step}"))
-                if accelerator.is_main_process:  # written last: the mark of a complete checkpoint
-                    state = {"global_step": step, "loss_sum": loss_sum}
-                    write_json(folder / f"checkpoint-{step}" / "trainer_state.json", state)
+                target = folder / f"checkpoint-{step}"
+                with saving(target, RESUME_OPTION, writer=accelerator.is_main_process):
+                    accelerator.save_state(str(target))
+                    if accelerator.is_main_process:  # written last: the mark of a complete checkpoint
+                        write_json(target / "trainer_state.json", {"global_step": step, "loss_sum": loss_sum})
             if step == last_step:
                 break
         results["eval"] = evaluate(model, validation, accelerator, labels, compute)

@@ -9,10 +9,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
+from threading import Event
 from typing import Any
 
 import psutil
@@ -102,6 +103,7 @@ def run_all(
     """
     failed: dict[Run, str] = {}
     processes: set[subprocess.Popen] = set()
+    ending = Event()
     waiting = [run for run in runs if not run.results()]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console) as progress:
@@ -110,9 +112,9 @@ def run_all(
             slots: SimpleQueue[int] = SimpleQueue()
             for slot in range(jobs):
                 slots.put(slot)
-            futures = {pool.submit(_run, run, jobs, slots, processes): run for run in waiting}
             previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the children are ended too
             try:
+                futures = {pool.submit(_run, run, jobs, slots, processes, ending): run for run in waiting}
                 for future in as_completed(futures):
                     run = futures[future]
                     if (reason := future.result()) is not None:
@@ -123,8 +125,10 @@ def run_all(
                     progress.advance(bar)
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
+                ending.set()
                 for process in tuple(processes):
-                    os.killpg(process.pid, signal.SIGTERM)
+                    _end(process)
+                progress.console.print("Ended. Started again with the same arguments, it goes on with what is left.")
                 raise
             finally:
                 signal.signal(signal.SIGTERM, previous)
@@ -139,7 +143,14 @@ def visible_gpus() -> list[str]:
     return given or [str(index) for index in range(torch.cuda.device_count())]
 
 
-def _run(run: Run, jobs: int, slots: "SimpleQueue[int]", processes: set[subprocess.Popen]) -> str | None:
+def _end(process: subprocess.Popen) -> None:
+    with suppress(ProcessLookupError):  # it has just ended
+        os.killpg(process.pid, signal.SIGTERM)
+
+
+def _run(
+    run: Run, jobs: int, slots: "SimpleQueue[int]", processes: set[subprocess.Popen], ending: Event
+) -> str | None:
     """Run one process to its end; returns None, or why it failed."""
     _end_orphan(run)
     if run.output.exists():
@@ -156,6 +167,8 @@ def _run(run: Run, jobs: int, slots: "SimpleQueue[int]", processes: set[subproce
     with log.open("w", encoding="utf-8") as stream:
         process = subprocess.Popen(run.command, stdout=stream, stderr=stream, env=env, start_new_session=True)
         processes.add(process)
+        if ending.is_set():  # since this run was taken from the queue
+            _end(process)
         write_json(run.folder / RUN_FILE, {"command": run.command[1:], "pid": process.pid})
         status = process.wait()
         processes.discard(process)

@@ -1,21 +1,20 @@
-"""What the scripts add to the Trainer: data order, refusals that leave no trace, results that are whole."""
+"""What the scripts add to the Trainer: refusals that leave no trace, ends that say how to go on, whole results."""
 
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import LAST_RESULT_FILE, read_json, remove_results, write_file, write_json
-from torch.utils.data import Sampler
+from common import LAST_RESULT_FILE, RESUME_OPTION, read_json, remove_results, write_file, write_json
 from transformers import TrainerCallback, TrainingArguments
-from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from hf_rdrop import measure_consistency
+from hf_rdrop.checkpoints import CheckpointError, how_to_go_on, why_not_written
 from hf_rdrop.checks import check_training_setup
 from hf_rdrop.consistency import check_measurable
 from hf_rdrop.model_card import check_evidence
+from hf_rdrop.sigterm import STATUS, SaveOnSigterm
 
 try:
     import resource
@@ -28,37 +27,18 @@ def padding_multiple(args: TrainingArguments) -> int | None:
     return 8 if (args.fp16 or args.bf16) and args.device.type == "cuda" else None
 
 
-class EpochSeededSampler(Sampler):
-    """Length grouping in an order that seed and epoch alone decide.
-
-    The Trainer's own draws from the global generator, so the order would depend on how many random numbers dropout
-    used up (on alpha, that is), would differ between ranks, and would change when a run is resumed within an epoch.
-    """
-
-    def __init__(self, grouped: LengthGroupedSampler, seed: int) -> None:
-        self.grouped, self.seed, self.epoch = grouped, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.grouped)
-
-    def __iter__(self) -> Iterator[int]:
-        self.grouped.generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        return iter(self.grouped)
-
-
 class ScriptMixin:
     """What the scripts need of any Trainer: rows in a known order, and no trace of a run that was refused.
 
-    - The order of the training data depends on the seed and the epoch only, whatever alpha is.
     - Evaluation and prediction keep the order of the rows (length grouping would reorder predictions as well), and
       drop the rows that fill up the last batch when there are several processes.
     - What cannot work is refused before the first step, without leaving an output folder behind.
+    - SIGTERM saves a checkpoint and stops (`SaveOnSigterm`); a full disk is told with the last whole checkpoint.
     - With `consistency_samples`, dropout off is compared with so many sub-models (`run_consistency`).
     - `card` are the arguments of `create_model_card`; what cannot be shown is refused here.
     """
+
+    resume_option = RESUME_OPTION
 
     def __init__(
         self, *, args: TrainingArguments, card: dict[str, Any], consistency_samples: int = 0, **kwargs: Any
@@ -92,11 +72,6 @@ class ScriptMixin:
         if self._own_folder and args.should_save and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
 
-    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler | None:
-        sampler = super()._get_train_sampler(*args, **kwargs)
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return EpochSeededSampler(sampler, seed) if isinstance(sampler, LengthGroupedSampler) else sampler
-
     def _get_eval_sampler(self, *args: Any, **kwargs: Any) -> None:
         return None  # in the order of the rows
 
@@ -116,22 +91,22 @@ class ScriptMixin:
 
     def run_training(self, checkpoint: str | None) -> dict[str, float]:
         """Train, save the model, and return the training metrics."""
-        progress = _RunProgress()
+        progress, stop = _RunProgress(), SaveOnSigterm(RESUME_OPTION)
         self.add_callback(progress)
+        self.add_callback(stop)
         if on_gpu := self.args.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         started = time.process_time()
         try:
             metrics = self.train(resume_from_checkpoint=checkpoint).metrics
-        except Exception as error:
-            if progress.stepped and isinstance(error, (ValueError, OSError)):
-                raise RuntimeError(
-                    f"training failed at step {self.state.global_step}; after removing the cause, go on from the last "
-                    "checkpoint, if there is one, with --resume_from_checkpoint last"
-                ) from error  # with its traceback, as it need not be the user's
-            if not progress.stepped:
-                self._leave_nothing_behind(self.args)
+            self.save_model()
+        except CheckpointError:
             raise
+        except Exception as error:
+            self._explain(error, progress.stepped, stop.requested)
+            raise
+        finally:
+            stop.restore()
         # Processor seconds tell what a run costs also where other processes slow it down. On a CPU the peak is that of
         # the whole process.
         cost = {"train_cpu_seconds": time.process_time() - started}
@@ -140,8 +115,24 @@ class ScriptMixin:
         elif resource is not None:
             unit = 2**20 if sys.platform == "darwin" else 2**10
             cost["train_peak_memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-        self.save_model()
         return {**metrics, **cost, "train_samples": len(self.train_dataset)}
+
+    def _explain(self, error: Exception, stepped: bool, signalled: bool) -> None:
+        """Turn an error of training into what to do about it, where there is something to say."""
+        folder = Path(self.args.output_dir)
+        if signalled:  # it reached the processes that load the data, too
+            print(f"SIGTERM: the step was not finished. {how_to_go_on(folder, RESUME_OPTION)}", file=sys.stderr)
+            raise SystemExit(STATUS) from error
+        if (reason := why_not_written(error, folder)) is not None:
+            go_on = how_to_go_on(folder, RESUME_OPTION)
+            raise CheckpointError(f"{folder} cannot be written: {reason}. {go_on}") from error
+        if stepped and isinstance(error, (ValueError, OSError)):
+            raise RuntimeError(
+                f"training failed at step {self.state.global_step}; after removing the cause, go on from the last "
+                "checkpoint, if there is one, with --resume_from_checkpoint last"
+            ) from error  # with its traceback, as it need not be the user's
+        if not stepped:
+            self._leave_nothing_behind(self.args)
 
     def run_consistency(self, dataset: Any, compute_metrics: Any = None, name: str = "validation") -> dict[str, float]:
         """Metrics `eval_consistency_*` of the model on a data set; nothing unless `consistency_samples` are wanted.
@@ -205,10 +196,6 @@ class _RunProgress(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             remove_results(Path(args.output_dir))
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # accelerate does not hand the epoch through to the sampler when several processes resume within an epoch.
-        kwargs["train_dataloader"].set_epoch(int(state.epoch or 0))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.stepped = True

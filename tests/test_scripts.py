@@ -19,6 +19,7 @@ import run_glue_no_trainer
 import run_ner
 import run_translation
 import script_data as made
+import torch
 import translation_data
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -637,6 +638,7 @@ def test_results_of_an_earlier_end_do_not_outlive_a_resumed_run_that_fails(tmp_p
 def test_half_written_checkpoint_is_passed_over(tmp_path):
     for step, state in ((2, '{"global_step": 2}'), (4, '{"global_st'), (6, None)):
         (tmp_path / f"checkpoint-{step}").mkdir()
+        save_file({"weight": torch.zeros(1)}, tmp_path / f"checkpoint-{step}" / "model.safetensors")
         if state:
             (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
     assert common.find_checkpoint(str(tmp_path), "last") == str(tmp_path / "checkpoint-2")

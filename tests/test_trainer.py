@@ -100,6 +100,15 @@ def test_no_valid_item_gives_zero_and_finite_gradients(tmp_path):
         assert all(p.grad is None or torch.all(p.grad == 0) for p in trainer.model.parameters())
 
 
+def test_evaluation_of_rows_without_a_valid_item_gives_no_nan(tmp_path):
+    rows = make_rows("token", 4)
+    for row in rows:
+        row["labels"] = [-100] * 8
+    trainer = make_trainer("token", 2.0, str(tmp_path))
+    assert trainer.evaluate(rows)["eval_loss"] == 0
+    assert trainer.evaluate(rows + make_rows("token", 4, seed=1))["eval_loss"] > 0
+
+
 def test_loss_is_the_batchs_share_of_the_step(tmp_path):
     """Called directly: a mean without a count, and its share of the count with one (a tensor or a plain number)."""
     trainer = make_trainer("token", 2.0, str(tmp_path), dropout=1e-9)
@@ -392,7 +401,6 @@ def test_lora_adapters_train_with_the_base_frozen():
 
 
 def test_resumed_training_is_bit_identical_and_logs_go_on(tmp_path):
-    """At the end of an epoch: the oldest supported Trainer itself is not bit-identical in the middle of one."""
     args = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "logging_steps": 2, "rdrop_alpha": 2.0}
     whole = train(make_model("single", 0.3), output_dir=str(tmp_path / "whole"), **args)
 
