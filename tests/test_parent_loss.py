@@ -1,0 +1,209 @@
+"""The losses of other Trainers and modules under R-Drop: trained as they are, or refused with what to change."""
+
+import contextlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import make_model, make_rows, step_logs, train
+from short_runs import ALPHA, TINY, refuse, run, values
+from torch import nn
+from transformers import PretrainedConfig, Trainer
+
+from hf_rdrop import RDropMixin, RDropTrainer
+
+# ---- the objective of others ----
+
+
+def test_label_smoothing_does_nothing_to_multi_label_heads():
+    with pytest.warns(UserWarning, match="not compatible with multi-label"):
+        smoothed = run(make_model("multi", 0.3), "multi", label_smoothing_factor=0.1)
+    assert values(smoothed) == values(run(make_model("multi", 0.3), "multi"))
+
+
+class ClassWeights(Trainer):
+    """The documented way to weigh classes."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        loss = F.cross_entropy(outputs.logits, labels, torch.tensor([1.0, 5.0, 0.1]))
+        return (loss, outputs) if return_outputs else loss
+
+
+class RDropClassWeights(RDropMixin, ClassWeights):
+    pass
+
+
+def test_class_weights_of_a_parent_are_trained():
+    trainer = run(make_model("single", 0.3), trainer_class=RDropClassWeights)
+    plain = run(make_model("single", 0.3))
+    assert step_logs(trainer)[0]["kl_loss"] == pytest.approx(step_logs(plain)[0]["kl_loss"])
+    assert step_logs(trainer)[0]["ce_loss"] != pytest.approx(step_logs(plain)[0]["ce_loss"], rel=1e-2)
+    still = train(make_model("single", TINY), trainer_class=RDropClassWeights)
+    weighted = train(make_model("single", TINY), trainer_class=ClassWeights)
+    assert step_logs(still)[0]["loss"] == pytest.approx(step_logs(weighted)[0]["loss"], rel=1e-5)
+    assert step_logs(still)[0]["grad_norm"] == pytest.approx(step_logs(weighted)[0]["grad_norm"], rel=1e-4)
+
+
+def test_the_mixin_must_come_first():
+    with pytest.raises(TypeError, match=r"class Wrong\(RDropMixin, ...\)"):
+
+        class Wrong(ClassWeights, RDropMixin):
+            pass
+
+
+def test_the_mixin_needs_a_trainer():
+    class Other:
+        def train(self): ...
+
+    with pytest.raises(TypeError, match=r"Wrong is no transformers\.Trainer"):
+
+        class Wrong(RDropMixin, Other):
+            pass
+
+
+@pytest.mark.parametrize("alpha", [0.0, ALPHA])
+def test_a_loss_that_hides_r_drop_is_refused(alpha):
+    class Hides(RDropTrainer):
+        compute_loss = ClassWeights.compute_loss
+
+    refuse(make_model("single"), "Hides trains without R-Drop", trainer_class=Hides, rdrop_alpha=alpha)
+
+
+def test_a_loss_on_top_of_r_drops_is_trained():
+    class Larger(RDropTrainer):
+        def compute_loss(self, *args, **kwargs):
+            return 3 * super().compute_loss(*args, **kwargs)
+
+    larger, plain = (train(make_model("single", 0.3), trainer_class=c, max_steps=1) for c in (Larger, RDropTrainer))
+    assert step_logs(larger)[0]["grad_norm"] == pytest.approx(3 * step_logs(plain)[0]["grad_norm"], rel=1e-5)
+
+
+# ---- modules that are no Transformers models ----
+
+
+class Scores(nn.Module):
+    """A module of one's own: `kind` is its loss, `form` what it returns."""
+
+    def __init__(self, kind, form="dict", outputs=3, problem_type=None):
+        super().__init__()
+        self.net = nn.Sequential(nn.Embedding(40, 8), nn.Flatten(), nn.Dropout(0.3), nn.Linear(64, outputs))
+        self.kind, self.form = kind, form
+        if problem_type:
+            self.config = PretrainedConfig(problem_type=problem_type)
+
+    def forward(self, input_ids, labels=None):
+        logits = self.net(input_ids)
+        if self.kind != "ce":
+            logits = logits.squeeze(-1)
+        loss = {
+            "ce": lambda: F.cross_entropy(logits, labels),
+            "bce": lambda: F.binary_cross_entropy_with_logits(logits, labels.float()),
+            "weighted": lambda: F.binary_cross_entropy_with_logits(logits, labels, pos_weight=torch.tensor(3.0)),
+            "mse": lambda: F.mse_loss(logits, labels),
+            "huber": lambda: F.smooth_l1_loss(logits, labels),
+        }[self.kind]()
+        return {"loss": loss, "logits": logits} if self.form == "dict" else (loss, logits)
+
+
+def rows_of(labels):
+    return [{**row, "labels": label} for row, label in zip(make_rows("single", 16), labels, strict=True)]
+
+
+def draw(*shape, real=True):
+    generator = torch.Generator().manual_seed(1)
+    return (torch.randn(shape, generator=generator) if real else torch.rand(shape, generator=generator)).tolist()
+
+
+CLASSES = [i % 3 for i in range(16)]
+FLAGS = [[float(i % 2), 1.0, float(i % 3 == 0)] for i in range(16)]
+BINARY = [float(i % 2) for i in range(16)]
+MODULES = {
+    "classes": ({"kind": "ce"}, CLASSES),
+    "flags": ({"kind": "bce"}, FLAGS),
+    "one real number": ({"kind": "mse", "outputs": 1}, draw(16)),
+    "binary": ({"kind": "bce", "outputs": 1, "problem_type": "multi_label_classification"}, BINARY),
+    "numbers 0 and 1": ({"kind": "mse", "outputs": 1}, BINARY),
+    "real numbers": ({"kind": "mse", "problem_type": "regression"}, draw(16, 3)),
+}
+
+
+@pytest.mark.parametrize("form", ["dict", "tuple"])
+@pytest.mark.parametrize("case", MODULES)
+def test_plain_modules(case, form):
+    kwargs, labels = MODULES[case]
+    torch.manual_seed(0)
+    model = Scores(form=form, **kwargs)
+    first = step_logs(run(model, rows=rows_of(labels), learning_rate=0.0, max_steps=1))[0]
+    # The same rows and masks, the divergence written out again.
+    torch.manual_seed(0)
+    again = Scores(form=form, **kwargs)
+    seen = []
+    again.net.register_forward_hook(lambda module, args, output: seen.append(output) if module.training else None)
+    assert step_logs(run(again, rows=rows_of(labels), learning_rate=0.0, max_steps=1))[0] == pytest.approx(first)
+    p, q = seen[0].double().chunk(2)
+    if case == "classes":
+        p, q = p.softmax(-1), q.softmax(-1)
+        expected = 0.5 * ((p - q) * (p.log() - q.log())).sum(-1).mean()
+    elif case in ("flags", "binary"):
+        expected = 0.5 * ((p.sigmoid() - q.sigmoid()) * (p - q)).mean()
+    else:
+        expected = ((p - q) ** 2).mean()
+    assert first["kl_loss"] == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "labels", "message"),
+    [
+        ({"kind": "bce", "outputs": 1}, BINARY, "as regression.*binary cross-entropy.*'multi_label_classification'"),
+        ({"kind": "weighted", "outputs": 1}, BINARY, "all 0 or 1 and its loss is not their mean squared error"),
+        ({"kind": "bce", "outputs": 1}, draw(16, real=False), "its loss is the binary cross-entropy"),
+        ({"kind": "mse"}, draw(16, 3, real=False), "its loss is the mean squared error.*'regression'"),
+        ({"kind": "huber"}, draw(16, 3), "not between 0 and 1.*PretrainedConfig"),
+    ],
+)
+@pytest.mark.parametrize("form", ["dict", "tuple"])
+def test_plain_modules_whose_scores_could_be_either(kwargs, labels, message, form):
+    refuse(Scores(form=form, **kwargs), message, rows=rows_of(labels))
+
+
+def test_labels_under_another_name():
+    class Targets(Scores):
+        def forward(self, input_ids, targets=None):
+            return super().forward(input_ids, targets)
+
+    rows = [{"input_ids": row["input_ids"], "targets": i % 3} for i, row in enumerate(make_rows("single", 16))]
+    run(Targets("ce"), rows=rows, label_names=["targets"])
+    with_config = Targets("ce", problem_type="single_label_classification")
+    run(with_config, rows=rows, label_names=["targets"])
+
+
+def test_a_hook_of_the_callers_survives():
+    """What R-Drop hangs on a model for one forward is taken off again, and nothing else."""
+    model, seen = make_model("single", 0.3), []
+    model.register_forward_hook(lambda *args: seen.append(1))
+    run(model, trainer_class=RDropClassWeights)
+    assert len(model._forward_hooks) == 1 and len(seen) == 2
+    with contextlib.suppress(ValueError):
+        train(model, rows=[{**row, "labels": 9} for row in make_rows("single", 16)], trainer_class=RDropClassWeights)
+    assert len(model._forward_hooks) == 1
+
+
+# ---- labels ----
+
+
+@pytest.mark.parametrize(
+    ("head", "label", "message"),
+    [
+        ("single", 3, r"from 0 to 3, but BertForSequenceClassification has 3 classes"),
+        ("single", -1, r"from -1 to 2"),
+        ("token", 5, r"has 5 classes: a label is from 0 to 4, or -100"),
+        ("seq2seq", 40, r"has 40 tokens.*tokenizer"),
+    ],
+)
+@pytest.mark.parametrize("fused", ["off", "auto"])
+def test_labels_that_are_no_class_of_the_head(head, label, message, fused):
+    rows = make_rows(head, 16)
+    rows[7]["labels"] = label if head == "single" else [label, *rows[7]["labels"][1:]]
+    refuse(make_model(head), message, head, rows=rows, rdrop_fused_head=fused)
