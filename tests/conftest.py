@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -22,6 +23,14 @@ from transformers import (
 torch.set_num_threads(1)  # tiny models: a second thread costs more than it brings
 
 VOCAB = 40
+
+
+def pytest_configure(config):
+    """Have what our own code calls that is deprecated fail the test."""
+    own = ["hf_rdrop", "comparison", *(path.stem for path in (Path(__file__).parents[1] / "scripts").glob("*.py"))]
+    for module in own:
+        for category in ("DeprecationWarning", "FutureWarning"):
+            config.addinivalue_line("filterwarnings", rf"error::{category}:{module}(\.|$)")
 
 
 def make_model(head: str, dropout: float = 0.1, **config):

@@ -1,41 +1,238 @@
-"""Run by `torchrun` in test_distributed.py: the same short runs as there, on two processes; rank 0 writes the logs."""
+"""Run by `torchrun` in test_distributed.py: short runs on two processes, of which rank 0 saves what they gave.
 
-import json
+The tests make the same runs in one process, for comparison.
+"""
+
 import sys
-from pathlib import Path
 
 import torch
-from conftest import HEADS, make_model, make_rows, step_logs, train
+import torch.distributed as dist
+from conftest import HEADS, VOCAB, InOrder, make_model, make_rows, step_logs, train
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, set_seed
 
-SPLITS = ((8, 1), (2, 4))  # rows of a step on one of two processes: at once, or in four micro-batches
+from hf_rdrop import RDropTrainer
+
+ALL_HEADS = (*HEADS, "causal")
+TINY = 1e-9  # a dropout rate that makes a model stochastic on paper and never drops anything
+AT_ONCE, ACCUMULATED = (8, 1), (2, 4)  # rows of a step on one of two processes, and in how many micro-batches
+PLAIN, R_DROP = {"rdrop_alpha": 0.0}, {"rdrop_alpha": 3.0}
+SHARED = {**R_DROP, "rdrop_shared_layers": 1}
+FUSED = {**R_DROP, "rdrop_fused_head": "on"}
+INTERVAL = {**R_DROP, "rdrop_interval": 2}
+# Thirteen rows for two processes: how the last batches are filled up, and to how many rows.
+UNEVEN = {
+    "filled up": ({}, 16),
+    "left as it is": ({"accelerator_config": {"even_batches": False}}, 13),
+    "accumulated": ({"gradient_accumulation_steps": 2}, 16),
+    "dispatched": ({"dispatched": True}, 14),
+}
+# What is run by default, and what in the slow tests: cases are (head, arguments, rows and micro-batches).
+PARTS = {
+    "quick": {
+        "cases": [
+            *((head, args, ACCUMULATED) for head in ALL_HEADS for args in (PLAIN, R_DROP)),
+            ("token", SHARED, ACCUMULATED),
+            ("seq2seq", {**FUSED, **SHARED}, ACCUMULATED),
+            ("causal", FUSED, ACCUMULATED),
+        ],
+        "per rank": ["single", "token"],
+        "uneven": ["filled up", "left as it is"],
+    },
+    "slow": {
+        "cases": [
+            *((head, args, AT_ONCE) for head in ALL_HEADS for args in (PLAIN, R_DROP)),
+            *((head, SHARED, ACCUMULATED) for head in ALL_HEADS if head != "token"),
+            *(("seq2seq", {**FUSED, **args}, ACCUMULATED) for args in ({}, INTERVAL)),
+            *(("causal", {**FUSED, **args}, ACCUMULATED) for args in (SHARED, INTERVAL)),
+            ("seq2seq", {**FUSED, **SHARED, **INTERVAL}, AT_ONCE),
+        ],
+        "per rank": ["multi", "regression", "seq2seq", "causal"],
+        "uneven": ["accumulated", "dispatched"],
+    },
+}
+# (torch cannot accumulate gradients over a static graph.)
+DDP_OPTIONS = {"find_unused_parameters": ACCUMULATED, "static_graph": AT_ONCE, "gradient_as_bucket_view": ACCUMULATED}
+LOGGED = ("loss", "ce_loss", "kl_loss", "grad_norm")
+COLLECTIVES = [
+    "all_gather",
+    "all_gather_into_tensor",
+    "all_gather_object",
+    "all_reduce",
+    "all_to_all",
+    "all_to_all_single",
+    "barrier",
+    "broadcast",
+    "broadcast_object_list",
+    "gather",
+    "gather_object",
+    "reduce",
+    "reduce_scatter",
+    "reduce_scatter_tensor",
+    "scatter",
+]
 
 
-def run(head, alpha, size, steps, dropout=1e-9, **args):
-    """Two optimizer steps over the same 16 rows, by plain gradient descent."""
-    trainer = train(
-        make_model(head, dropout),
-        head,
-        rows=make_rows(head, 16),
-        per_device_train_batch_size=size,
-        gradient_accumulation_steps=steps,
-        rdrop_alpha=alpha,
-        optim="sgd",
-        learning_rate=1e-2,
-        max_grad_norm=100.0,  # the norm is then logged but nothing clipped
-        **args,
-    )
-    return [[entry[key] for key in ("loss", "ce_loss", "kl_loss", "grad_norm")] for entry in step_logs(trainer)]
+def make_any_model(head, dropout=TINY, **config):
+    """`make_model`, or a causal language model of two layers."""
+    if head != "causal":
+        return make_model(head, dropout, **config)
+    set_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = {**sizes, "vocab_size": VOCAB, "num_key_value_heads": 2, "pad_token_id": 0, **config}
+    return LlamaForCausalLM(LlamaConfig(attention_dropout=dropout, **config))
 
 
-ECONOMIES = {"rdrop_shared_layers": 1, "rdrop_interval": 2}
+def make_any_rows(head, rows=16):
+    if head != "causal":
+        return make_rows(head, rows)
+    return [{**row, "labels": [i or -100 for i in row["input_ids"]]} for row in make_rows("token", rows)]
+
+
+def make_passes_differ(model):
+    """A mask for each of two passes before the head, in place of dropout: fixed, whichever rows are in a batch."""
+    masks = (torch.rand(2, 16, generator=torch.Generator().manual_seed(3)) > 0.3).float()
+
+    def drop(module, args):
+        (hidden,) = args
+        kept = masks.to(hidden.dtype).repeat_interleave(len(hidden) // 2, 0)
+        return hidden * (kept[:, None] if hidden.dim() == 3 else kept) if module.training else hidden
+
+    head = next(module for name, module in model.named_modules() if name in ("classifier", "lm_head"))
+    head.register_forward_pre_hook(drop)
+
+
+class Recorder(TrainerCallback):
+    """Whole gradients of each optimizer step before they are applied; the collectives within and between steps."""
+
+    def __init__(self):
+        self.gradients, self.within, self.between, self.in_step = [], [], [], False
+
+    def on_step_begin(self, *args, **kwargs):
+        self.in_step = True
+
+    def on_pre_optimizer_step(self, *args, model, **kwargs):
+        gradients = {}
+        for name, parameter in model.named_parameters():
+            if (grad := parameter.grad) is not None:
+                grad = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+                gradients[name.replace("_checkpoint_wrapped_module.", "")] = grad.clone()
+        self.gradients.append(gradients)
+
+    def on_step_end(self, *args, **kwargs):
+        self.in_step = False
+
+    def watch(self, name):
+        original = getattr(dist, name)
+
+        def call(*args, **kwargs):
+            (self.within if self.in_step else self.between).append(name)
+            return original(*args, **kwargs)
+
+        setattr(dist, name, call)
+        return original
+
+
+class RecordingTrainer(RDropTrainer):
+    """Remembers which rows it was given, and what it returned for them."""
+
+    ddp_options = ()
+
+    def train(self, *args, **kwargs):
+        self.seen = []  # (optimizer steps done, rows, loss) of each micro-batch
+        for name in self.ddp_options:
+            setattr(self.accelerator.ddp_handler, name, True)
+        return super().train(*args, **kwargs)
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        columns = [inputs[name].tolist() for name in inputs]
+        rows = [dict(zip(inputs, row, strict=True)) for row in zip(*columns, strict=True)]
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self.seen.append((self.state.global_step, rows, loss.item()))
+        return loss
+
+
+def run(head, size, steps, model=None, rows=None, ddp_options=(), has_dropout=False, **args):
+    """Plain gradient descent: by default two optimizer steps, each over the same 16 rows."""
+    model, recorder = model or make_any_model(head), Recorder()
+    if args.get("rdrop_alpha") and "rdrop_interval" not in args and not has_dropout:
+        make_passes_differ(model)
+    defaults = {"optim": "sgd", "learning_rate": 1e-2, "max_grad_norm": 100.0}  # the norm is logged, nothing clipped
+    originals = {name: recorder.watch(name) for name in COLLECTIVES}
+    try:
+        trainer = train(
+            model,
+            head,
+            type("Recording", (RecordingTrainer,), {"ddp_options": ddp_options}),
+            rows=make_any_rows(head) if rows is None else rows,
+            trainer_kwargs={"callbacks": [recorder]},
+            per_device_train_batch_size=size,
+            **{**defaults, "gradient_accumulation_steps": steps, **args},
+        )
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
+    return {
+        "logs": [[entry[key] for key in LOGGED] for entry in step_logs(trainer)],
+        "gradients": recorder.gradients,
+        "seen": trainer.seen,
+        "within": recorder.within,
+        "between": recorder.between,
+        "fused": trainer._economies.fused_head is not None,
+    }
+
+
+def run_uneven(dispatched=False, gradient_accumulation_steps=1, **args):
+    """One epoch over thirteen rows, four a batch."""
+    rows = make_rows("token", 13)
+    args = {**R_DROP, "num_train_epochs": 1, "max_steps": -1, **args}
+    if dispatched:  # rank 0 reads the rows and hands them out
+        rows, args["max_steps"] = InOrder(rows), 2
+    return run("token", 4, gradient_accumulation_steps, rows=rows, **args)
+
+
+def record_masks(**args):
+    """What a dropout module kept in the first step: `[2 B, T, D]`."""
+    model, masks = make_model("single", 0.3), []
+    model.bert.encoder.layer[0].output.dropout.register_forward_hook(lambda *call: masks.append(call[-1] != 0))
+    run("single", 8, 1, model, has_dropout=True, **R_DROP, **args)
+    return masks[0]
+
+
+def run_by_length(**args):
+    """Two epochs over 24 rows in the order of LengthGroupedSampler, with dropout."""
+    order = {"train_sampling_strategy": "group_by_length", "num_train_epochs": 2, "max_steps": -1}
+    model, rows = make_model("single", 0.3), make_rows("single", 24)
+    return run("single", 3, 1, model, rows, has_dropout=True, **R_DROP, **order, **args)["seen"]
+
+
+def of_all_ranks(value):
+    """What each rank has: a list on rank 0, None elsewhere."""
+    values = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, values)
+    return values
+
+
+def main(output, part):
+    gloo, chosen = {"ddp_backend": "gloo"}, PARTS[part]
+    found = {
+        "cases": [(case, run(case[0], *case[2], **case[1], **gloo)) for case in chosen["cases"]],
+        "uneven": {name: run_uneven(**UNEVEN[name][0], **gloo) for name in chosen["uneven"]},
+    }
+    own = {"average_tokens_across_devices": False, **R_DROP}
+    found["per rank"] = {head: run(head, *ACCUMULATED, **own, **gloo) for head in chosen["per rank"]}
+    if part == "quick":
+        found |= {"masks": record_masks(**gloo), "by length": run_by_length(**gloo)}
+    else:
+        found["options"] = [
+            (option, head, args, run(head, *split, ddp_options=(option,), **args, **gloo))
+            for option, split in DDP_OPTIONS.items()
+            for head, args in (("token", SHARED), ("causal", FUSED))
+        ]
+    found = of_all_ranks(found)
+    if dist.get_rank() == 0:
+        torch.save(found, output)
+
 
 if __name__ == "__main__":
-    cases = [(head, alpha, *split, {}) for head in HEADS for alpha in (0.0, 3.0) for split in SPLITS]
-    cases += [("seq2seq", 3.0, *split, {**ECONOMIES, "rdrop_fused_head": "on"}) for split in SPLITS]
-    cases += [("token", 3.0, *split, ECONOMIES) for split in SPLITS]
-    logs = [[case, run(*case[:-1], **case[-1], ddp_backend="gloo")] for case in cases]
-    logs.append([["dropout"], run("single", 2.0, 8, 1, dropout=0.3, ddp_backend="gloo")])
-    assert torch.distributed.get_world_size() == 2
-    if torch.distributed.get_rank() == 0:
-        Path(sys.argv[1]).write_text(json.dumps(logs))
-    torch.distributed.destroy_process_group()  # left to the end of the interpreter its threads may abort the process
+    main(*sys.argv[1:])
+    dist.destroy_process_group()  # left to the end of the interpreter its threads may abort the process

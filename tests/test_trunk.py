@@ -391,7 +391,9 @@ def test_compiled_model_is_not_compiled_again(name, backend):
         counts.append(graphs.frame_count)
         assert_same(grads, gradients(model, batch), rtol=1e-3, atol=1e-5)
     # The check compiles nothing; then one graph, without a break in it, and a second one for all other batch sizes.
-    assert counts == [0, 1, 1, 1, 2, 2, 2, 2]
+    # (torch before 2.8 breaks T5 into four, in code of transformers.)
+    graph = 4 if name == "t5" and torch.__version__ < "2.8" else 1
+    assert counts == [graph * n for n in (0, 1, 1, 1, 2, 2, 2, 2)]
 
 
 def test_a_new_trunk_on_a_compiled_model():
