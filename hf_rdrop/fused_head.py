@@ -237,7 +237,7 @@ class FusedHead:
         target = shifted_labels(labels) if shift_labels else labels
         ce = F.cross_entropy(expected.float().flatten(0, -2), target.flatten())
         # Marian, for one, takes the mean in the type of its logits: bfloat16 under FSDP's mixed precision.
-        if not torch.allclose(loss.float(), ce, rtol=max(1e-3, torch.finfo(loss.dtype).eps), equal_nan=True):
+        if not torch.allclose(loss.float(), ce, rtol=max(1e-3, 2 * torch.finfo(loss.dtype).eps), equal_nan=True):
             raise ValueError(
                 f"the loss of {name} is not the mean cross-entropy of its logits ({loss:.4g} instead of {ce:.4g} on "
                 "real rows): an auxiliary loss, or a loss function of its own"

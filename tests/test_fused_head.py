@@ -285,7 +285,7 @@ def test_what_is_impossible_falls_back_with_the_reason(case, caplog, monkeypatch
 
 
 def test_a_loss_in_bfloat16_is_no_loss_of_its_own():
-    """Marian averages in the type of its logits; that of a bfloat16 model is off by up to half a percent."""
+    """Marian averages in the type of its logits; that of a bfloat16 model is off by up to a percent."""
     trainer = train(make_model("seq2seq").bfloat16(), "seq2seq", rdrop_alpha=2.0, rdrop_fused_head="on")
     assert trainer._economies.fused_head is not None
     assert all(0 < entry["kl_loss"] < entry["ce_loss"] for entry in step_logs(trainer))
