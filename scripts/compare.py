@@ -8,8 +8,9 @@
     python scripts/compare.py --config comparison.yaml --output_dir outputs/all
 
 Arms: `baseline`; `baseline-2x`, the baseline with twice the epochs (the same compute as R-Drop); `doubled`, R-Drop's
-doubled batch with cross-entropy alone; `rdrop`; `rdrop-shared` and `rdrop-interval`, cheaper forms of it; and your
-own, as lines of arguments ("smooth=--label_smoothing_factor 0.1", or "trunk=rdrop --rdrop_shared_layers 4").
+doubled batch with cross-entropy alone; `rdrop`; `rdrop-2x`, R-Drop with twice the epochs; `rdrop-shared` and
+`rdrop-interval`, cheaper forms of it; and your own, as lines of arguments ("smooth=--label_smoothing_factor 0.1", or
+"trunk=rdrop --rdrop_shared_layers 4").
 
 Several alphas (and whatever --tune says) are tried on a held-out part of the training data, never on the validation
 data that is reported. --demo writes small made-up corpora for three heads (demo_data.py), makes randomly initialised

@@ -175,6 +175,7 @@ def test_built_in_arms():
     assert arguments_of("baseline-2x") == [*fixed, "--rdrop_alpha", "0", "--num_train_epochs", "6"]
     assert arguments_of("doubled") == [*fixed, "--rdrop_alpha", "1e-12"]
     assert arguments_of("rdrop") == [*fixed, "--rdrop_alpha", "2.0"]
+    assert arguments_of("rdrop-2x") == [*fixed, "--rdrop_alpha", "2.0", "--num_train_epochs", "6"]
     assert arguments_of("rdrop-interval") == [*fixed, "--rdrop_alpha", "2.0", "--rdrop_interval", "2"]
     assert arguments_of("rdrop-shared")[-2:] == ["--rdrop_shared_layers", "0.75"]
 
@@ -191,7 +192,8 @@ def test_built_in_arms():
 )
 def test_twice_as_long(arguments, settings, longer):
     task = Task("ner", "run_ner.py", "eval_f1", arguments)
-    assert arguments_of("baseline-2x", settings, task)[-2:] == longer
+    for arm in ("baseline-2x", "rdrop-2x"):
+        assert arguments_of(arm, settings, task)[-2:] == longer
 
 
 def test_own_arms_are_lines_of_arguments():

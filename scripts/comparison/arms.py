@@ -77,6 +77,7 @@ BUILT_IN = {
         Arm("baseline-2x", ("--rdrop_alpha", "0"), "baseline-2x", epochs=2),
         Arm("doubled", ("--rdrop_alpha", NO_AGREEMENT), "doubled"),
         Arm(RDROP, (), RDROP),
+        Arm("rdrop-2x", (), RDROP, epochs=2),
         Arm("rdrop-shared", ("--rdrop_shared_layers", "0.75"), RDROP),
         Arm("rdrop-interval", ("--rdrop_interval", "2"), RDROP),
     )
