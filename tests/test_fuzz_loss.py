@@ -135,7 +135,7 @@ def test_masked_items_have_no_influence(drawn, filling, data):
     mask = subset(data.draw, *(logits.shape[1:-1] if kind == SOFTMAX else logits.shape[1:]))
     changed = logits.clone()
     where = ~(mask[..., None] if kind == SOFTMAX else mask).expand(logits.shape[1:])
-    changed[data.draw(st.integers(0, len(logits) - 1))][where] = filling
+    changed[data.draw(st.integers(0, len(logits) - 1))][where] = torch.tensor(filling).to(logits.dtype)
     before = value_and_gradient(AGREEMENTS[kind], logits, mask)
     after = value_and_gradient(AGREEMENTS[kind], changed, mask)
     assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
