@@ -45,6 +45,19 @@ def test_pictures_of_one_seed_and_of_histories_that_differ(tmp_path):
     assert plot_curves(runs, list(METRICS), ARMS, tmp_path / "curves.png")
 
 
+def test_the_legend_of_many_arms_is_inside_the_picture(tmp_path, monkeypatch):
+    arms = ["baseline", *(f"rdrop-shared-{i}" for i in range(9))]
+    runs = [dict(run, arm=arm) for arm in arms for run in make_runs() if run["arm"] == "rdrop"]
+    figures = []
+    monkeypatch.setattr("comparison.curves.save", lambda figure, path: figures.append(figure))
+    plot_curves(runs, list(METRICS), arms, tmp_path / "curves.png")
+    figures[0].draw_without_rendering()
+    legend, inside = figures[0].legends[0].get_window_extent(), figures[0].bbox
+    assert len(figures[0].legends[0].texts) == 10
+    assert inside.x0 <= legend.x0 and legend.x1 <= inside.x1 and inside.y0 <= legend.y0
+    plt.close(figures[0])
+
+
 def test_pareto_front():
     pairs = [(1.0, 0.0), (1.9, 1.0), (1.5, 1.2), (1.2, 0.4), (1.2, 0.6), (1.1, -0.5), (2.0, 1.2)]
     front = pareto_front(pairs)

@@ -28,11 +28,11 @@ def plot_curves(runs: Sequence[Mapping[str, Any]], tasks: Sequence[str], arms: S
     shown = [task for task in tasks if any(key[0] == task for key in curves)]
     if not shown:
         return False
-    look = styles(arms)
+    look, width = styles(arms), max(5.0, 1.8 * len(shown) + 0.8)
     figure, axes = plt.subplots(
         2,
         len(shown),
-        figsize=(max(5.0, 1.8 * len(shown) + 0.8), 5),
+        figsize=(width, 5),
         squeeze=False,
         sharex="col",
         sharey="row",
@@ -60,11 +60,12 @@ def plot_curves(runs: Sequence[Mapping[str, Any]], tasks: Sequence[str], arms: S
     for axis, label in zip(axes[:, 0], ("cross-entropy", "KL between the passes"), strict=True):
         axis.set_ylabel(label, fontsize=9)
     ordered = [arm for arm in arms if arm in handles]
+    entry = 0.6 + 0.07 * max(map(len, ordered))  # inches
     figure.legend(
         [handles[arm] for arm in ordered],
         ordered,
         loc="outside lower center",
-        ncols=min(5, len(ordered)),
+        ncols=max(1, min(5, len(ordered), int(width / entry))),
         frameon=False,
         fontsize=8,
     )
