@@ -189,13 +189,18 @@ def checkpoints(glue, tmp_path):
     return Path(shutil.copytree(glue[1], tmp_path / "out"))
 
 
-@pytest.mark.parametrize("how", ["missing", "truncated", "empty", "zeros", "garbage", "one byte"])
-@pytest.mark.parametrize("name", FILES)
+# Not every model has a config.json, and with a byte changed JSON is still JSON.
+UNNOTICED = (("config.json", "missing"), ("config.json", "one byte"), ("trainer_state.json", "one byte"))
+DAMAGE = [
+    (name, how)
+    for name in FILES
+    for how in ("missing", "truncated", "empty", "zeros", "garbage", "one byte")
+    if (name, how) not in UNNOTICED
+]
+
+
+@pytest.mark.parametrize(("name", "how"), DAMAGE)
 def test_damage_is_named_and_the_previous_checkpoint_offered(checkpoints, name, how):
-    if name == "config.json" and how in ("missing", "one byte"):
-        pytest.skip("not every model has one; a changed setting is JSON still")
-    if name == "trainer_state.json" and how == "one byte":
-        pytest.skip("a changed figure is JSON still")
     last, before = checkpoints / "checkpoint-12", checkpoints / "checkpoint-10"
     assert find_damage(last) is None
     damage(last / name, how)

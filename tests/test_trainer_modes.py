@@ -223,18 +223,22 @@ def test_unclipped_gradients():
 
 # ---- callbacks and the best model ----
 
+KEEP_BEST = {
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "eval_loss",
+}
+
 
 def test_the_best_model_by_the_plain_evaluation_loss_is_loaded():
     trainer = run(
         make_model("single", 0.3),
         max_steps=6,
         learning_rate=3e-2,
-        eval_strategy="steps",
-        eval_steps=1,
-        save_strategy="steps",
-        save_steps=1,
-        load_best_model_at_end=True,
-        metric_for_best_model="eval_loss",
+        **KEEP_BEST,
     )
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     assert len(set(losses)) == 6 and trainer.state.best_metric == min(losses)
@@ -246,12 +250,7 @@ def test_early_stopping():
         make_model("single", 0.3),
         max_steps=20,
         learning_rate=0.0,  # no evaluation is better than the first
-        eval_strategy="steps",
-        eval_steps=1,
-        save_strategy="steps",
-        save_steps=1,
-        load_best_model_at_end=True,
-        metric_for_best_model="eval_loss",
+        **KEEP_BEST,
         trainer_kwargs={"callbacks": [EarlyStoppingCallback(early_stopping_patience=2)]},
     )
     assert trainer.state.global_step == 3
