@@ -27,7 +27,7 @@ def check_bases(cls: type, mixin: type) -> None:
         TypeError: when it does not.
     """
     order = cls.__mro__
-    if Trainer not in order and hasattr(cls, "train"):
+    if Trainer not in order and any("train" in vars(base) for base in order if base not in mixin.__mro__):
         raise TypeError(
             f"{cls.__name__} is no transformers.Trainer: R-Drop changes the compute_loss of one. (setfit's Trainer "
             "holds one that trains embeddings on a contrastive loss, which has no logits to compare.)"

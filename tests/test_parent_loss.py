@@ -53,6 +53,16 @@ def test_the_mixin_must_come_first():
             pass
 
 
+def test_a_mixin_of_ones_own_between_r_drop_and_the_trainer():
+    class Mixin(RDropMixin):
+        pass
+
+    class Mixed(Mixin, Trainer):
+        pass
+
+    assert run(make_model("single", 0.3), trainer_class=Mixed, max_steps=1).state.global_step == 1
+
+
 def test_the_mixin_needs_a_trainer():
     class Other:
         def train(self): ...
