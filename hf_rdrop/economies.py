@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .cost import predict_cost
 from .fused_head import FusedHead, choose_fused_head
 from .model_shape import describe_model
-from .parent_loss import check_class_indices
+from .parent_loss import check_labels_of_head
 from .trunk import SharedTrunk
 from .trunk_check import check_shared_trunk
 
@@ -56,7 +56,7 @@ class Economies:
                 or with the fused head asked for.
         """
         self.tried_out, trainer = True, self.trainer
-        check_class_indices(trainer.base_model, labels)
+        check_labels_of_head(trainer.base_model, labels)
         model = getattr(model, "_orig_mod", model)  # nothing is compiled for the sake of a check
         if self.trunk is not None:
             passes = trainer.rdrop_argument("passes")

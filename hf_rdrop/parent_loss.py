@@ -17,7 +17,7 @@ from .loss_log import LossLog
 _CLASSIFIER = re.compile(r"For(Sequence|Token|Image|Video)Classification$")
 
 
-def check_class_indices(model: nn.Module, labels: Tensor) -> None:
+def check_labels_of_head(model: nn.Module, labels: Tensor) -> None:
     """Check that class labels are classes of the model's head; it waits for the device, so it is for a first batch.
 
     (Out of range, the loss fails with an index error from its depths, or on a GPU with an assertion that ends the

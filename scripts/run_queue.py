@@ -23,6 +23,8 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from hf_rdrop.sigterm import STATUS
+
 SCRIPTS = Path(__file__).resolve().parent
 RUN_FILE = "run.json"  # beside a run's output folder: what was started there
 
@@ -112,7 +114,7 @@ def run_all(
             slots: SimpleQueue[int] = SimpleQueue()
             for slot in range(jobs):
                 slots.put(slot)
-            previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the children are ended too
+            previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(STATUS))  # so that the children are ended too
             try:
                 futures = {pool.submit(_run, run, jobs, slots, processes, ending): run for run in waiting}
                 for future in as_completed(futures):
