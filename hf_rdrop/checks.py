@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from .dropout import inspect_dropout, is_stochastic
-from .heads import SUPPORTED_HEADS
+from .heads import ANSWER, SUPPORTED_HEADS
 from .loss import check_alpha
 
 if TYPE_CHECKING:
@@ -54,11 +54,14 @@ def check_training_setup(trainer: "RDropMixin") -> None:
             "devices and average losses without their item counts. Start one process per GPU with `accelerate "
             "launch` or `torchrun`, or show one GPU with CUDA_VISIBLE_DEVICES=0."
         )
+    with trainer.sub_models() as sources:  # whether the model has a place for them
+        differs = sources is not None and sources.differs
     if alpha == 0:
         return
     asked = trainer.args.label_names is not None  # then the first batch will show whether they are class labels
-    known = not trainer.label_names or not {"labels", "label"}.isdisjoint(trainer.label_names)
-    if not known and not asked and hasattr(trainer.base_model, "config"):
+    names = {"labels", "label", *ANSWER}
+    known = not trainer.label_names or not names.isdisjoint(trainer.label_names)
+    if not known and not asked and hasattr(trainer.base_model, "config") and trainer.logits_for_agreement is None:
         raise ValueError(
             f"R-Drop does not support the head of {type(trainer.base_model).__name__}: it is trained on "
             f"{', '.join(trainer.label_names)}, not on `labels`. Supported heads: {SUPPORTED_HEADS}. "
@@ -71,7 +74,7 @@ def check_training_setup(trainer: "RDropMixin") -> None:
             "so neither the passes nor the valid items can be told apart there. Use data parallelism (DDP, FSDP, "
             "DeepSpeed ZeRO), or set rdrop_alpha to 0."
         )
-    if not trainer.args.neftune_noise_alpha:  # that noise differs between the passes too
+    if not trainer.args.neftune_noise_alpha and not differs:  # that noise differs between the passes too
         check_stochastic(trainer.base_model)
 
 
@@ -116,27 +119,35 @@ def check_stochastic(model: nn.Module) -> None:
         )
 
 
-def check_batch(trainer: "RDropMixin", inputs: Mapping[str, Any]) -> Tensor:
+def check_batch(trainer: "RDropMixin", inputs: Mapping[str, Any]) -> Tensor | None:
     """Check that a training batch can be repeated and compared; returns its labels. Looks at shapes only.
+
+    (Without labels only where `logits_for_agreement` says what counts.)
 
     Raises:
         ValueError: when it cannot.
     """
     labels = trainer.find_labels(inputs)
-    if labels is None:
+    if labels is None and trainer.logits_for_agreement is None:
         raise ValueError(
             f"R-Drop needs `labels` in the batch to know which items count; it has: {', '.join(inputs)}. Check the "
             "data set's columns and `label_names`, or set rdrop_alpha to 0."
         )
     packed = PACKED_INPUTS.intersection(inputs)
-    if packed or (len(labels) == 1 and "position_ids" in inputs and "attention_mask" not in inputs):
+    if packed or (trainer._batch_size(inputs) == 1 and "position_ids" in inputs and "attention_mask" not in inputs):
         raise ValueError(
             "R-Drop cannot repeat packed (padding-free) batches: their single row holds many examples "
             f"({', '.join(sorted(packed)) or 'position_ids without attention_mask'}). Use a padding collator such as "
             "DataCollatorWithPadding, or set rdrop_alpha to 0."
         )
+    real = labels is not None and labels.is_floating_point()
+    if real and trainer.rdrop_argument("unlabeled") and (user := trainer.user_of_outputs) is not None:
+        raise ValueError(
+            "rdrop_unlabeled with real-valued labels (regression or multi-label) computes the loss of the labelled "
+            f"rows itself, but {user}. Use the model's own loss, or leave rdrop_unlabeled out."
+        )
     if trainer.label_smoother is not None:
-        if labels.is_floating_point():
+        if real:
             raise ValueError(
                 "label_smoothing_factor needs class indices, but the labels are real numbers (regression or "
                 "multi-label). Set label_smoothing_factor to 0."

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from .batch import get_batch_size, map_tensors
 from .dropout import dropout_off, inspect_dropout, modes_restored
-from .heads import find_logits, predicts_next_token, resolve_head, shifted_labels
+from .heads import find_labels, find_logits, predicts_next_token, resolve_head, shifted_labels
 from .pass_sums import PassSums
 
 
@@ -217,14 +217,15 @@ def _join(batches: tuple[np.ndarray, ...]) -> np.ndarray:
 
 
 def _with_labels(inputs: Mapping[str, Any], device: torch.device) -> tuple[dict[str, Any], Tensor]:
-    if not isinstance(inputs, Mapping) or not isinstance(inputs.get("labels"), Tensor):
+    labels = find_labels(inputs) if isinstance(inputs, Mapping) else None
+    if labels is None:
         found = ", ".join(inputs) if isinstance(inputs, Mapping) else f"a {type(inputs).__name__}"
         raise ValueError(
             f"Each batch must be a dict with `labels`, to tell which items count and whether they are right; got "
             f"{found}. Use labelled, held-out data and a collator that returns dicts."
         )
     moved = {name: map_tensors(lambda tensor: tensor.to(device), value) for name, value in inputs.items()}
-    return moved, moved["labels"]
+    return moved, labels.to(device)
 
 
 @contextmanager

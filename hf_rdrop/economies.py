@@ -43,7 +43,7 @@ class Economies:
         if trainer.rdrop_argument("alpha") and (shared := trainer.rdrop_argument("shared_layers")):
             self.trunk = SharedTrunk(trainer.base_model, shared, non_batch_inputs=trainer.non_batch_inputs)
 
-    def try_out(self, model: nn.Module, inputs: Mapping[str, Any], labels: Tensor) -> None:
+    def try_out(self, model: nn.Module, inputs: Mapping[str, Any], labels: Tensor | None) -> None:
         """Check on the rows of the first batch that labels are right and every economy does what it should.
 
         Args:
@@ -56,12 +56,13 @@ class Economies:
                 or with the fused head asked for.
         """
         self.tried_out, trainer = True, self.trainer
-        check_labels_of_head(trainer.base_model, labels)
+        if labels is not None:
+            check_labels_of_head(trainer.base_model, labels)
         model = getattr(model, "_orig_mod", model)  # nothing is compiled for the sake of a check
         if self.trunk is not None:
             passes = trainer.rdrop_argument("passes")
             repeated = trainer.repeat(inputs, passes)
-            check_shared_trunk(self.trunk, model, repeated, passes, batch_size=len(labels))
+            check_shared_trunk(self.trunk, model, repeated, passes, batch_size=trainer._batch_size(inputs))
         self.fused_head = choose_fused_head(
             trainer.rdrop_argument("fused_head"),
             trainer.base_model,
@@ -69,7 +70,7 @@ class Economies:
             inputs,
             labels,
             shift_labels=trainer.shifts_labels,
-            obstacle=trainer.user_of_outputs,
+            obstacle=trainer.needs_outputs,
         )
         torch.clear_autocast_cache()  # torch before 2.8 would train on with the casts of the checks, without gradient
         if trainer.is_world_process_zero():

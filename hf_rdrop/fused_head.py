@@ -29,7 +29,7 @@ def choose_fused_head(
     model: nn.Module,
     wrapped: nn.Module,
     inputs: Mapping[str, Any],
-    labels: Tensor,
+    labels: Tensor | None,
     *,
     shift_labels: bool,
     obstacle: str | None,
@@ -54,8 +54,8 @@ def choose_fused_head(
         head = FusedHead(model)
         if mode == "auto" and head.vocab_size < MIN_VOCAB_SIZE:
             return None
-        if obstacle is not None:
-            raise ValueError(obstacle)
+        if obstacle is not None or labels is None:
+            raise ValueError(obstacle or "the batch has no `labels`")
         head.check(wrapped, inputs, labels, shift_labels)
         return head
     except Exception as error:  # whatever a model does when it is tried out, it may train on its full logits

@@ -1,6 +1,6 @@
 """What a head's outputs mean: where its logits are, which items count, and how its passes are compared."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -12,9 +12,12 @@ from .batch import stack_passes
 from .functional import AGREEMENTS
 
 SUPPORTED_HEADS = (
-    "sequence classification (single-label, multi-label, regression), token classification and language modelling "
-    "(sequence-to-sequence, causal, masked)"
+    "classification of sequences, images and audio (single-label, multi-label, regression), token classification, "
+    "multiple choice, question answering, language modelling (sequence-to-sequence, causal, masked); for any other, "
+    "logits_for_agreement=... says what to compare"
 )
+# The labels of question answering: a head with two distributions over the positions of a row.
+ANSWER = ("start_positions", "end_positions")
 
 
 class Head(NamedTuple):
@@ -26,6 +29,33 @@ class Head(NamedTuple):
     def agreement(self, logits: Tensor, passes: int) -> Tensor:
         """Mean disagreement of the passes for the logits `[m * B, ...]` of a repeated batch."""
         return AGREEMENTS[self.problem_type](stack_passes(logits, passes), self.mask)
+
+
+def find_labels(inputs: Mapping[str, Any], names: Iterable[str] = ()) -> Tensor | None:
+    """The labels of a batch: `labels`, or those of question answering as `[B, 2]`, or the first of `names`.
+
+    An answer's position outside its row (which Transformers' heads ignore), or -100, is -100 here.
+    """
+    for name in ("labels", "label"):
+        if isinstance(inputs.get(name), Tensor):
+            return inputs[name]
+    if all(isinstance(inputs.get(name), Tensor) for name in ANSWER):
+        positions = torch.stack([inputs[name].flatten() for name in ANSWER], -1)
+        outside = (positions >= _length(inputs)) | (positions == -100)
+        return positions.clamp(min=0).masked_fill(outside, -100)
+    return next((inputs[name] for name in names if isinstance(inputs.get(name), Tensor)), None)
+
+
+def without_answers(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The batch with answers of -100 moved behind the row, where Transformers' heads ignore them."""
+    answers = {name: inputs[name] for name in ANSWER if isinstance(inputs.get(name), Tensor)}
+    return {**inputs, **{name: x.masked_fill(x == -100, _length(inputs)) for name, x in answers.items()}}
+
+
+def _length(inputs: Mapping[str, Any]) -> int:
+    """Number of positions of the rows."""
+    names = ("input_ids", "inputs_embeds", "attention_mask")
+    return next((inputs[n].shape[1] for n in names if isinstance(inputs.get(n), Tensor)), torch.iinfo(torch.long).max)
 
 
 def predicts_next_token(model: nn.Module) -> bool:
@@ -46,6 +76,45 @@ def valid_items(labels: Tensor, shift_labels: bool = False) -> Tensor:
     return (shifted_labels(labels) if shift_labels else labels) != -100
 
 
+def items_to_compare(
+    labels: Tensor, inputs: Mapping[str, Any], config: Any = None, shift_labels: bool = False
+) -> Tensor:
+    """Mask of the items whose predictions are to agree where rows without a label count too.
+
+    Of a row with labels, the items that the loss counts. Of a row whose labels are all -100, the row itself; for tags
+    and tokens every position that is no padding (by `attention_mask`); in an encoder-decoder those of its decoder, by
+    `decoder_attention_mask` or the padding in `decoder_input_ids`, and the first one in any case: without a target
+    text there is no other.
+
+    Args:
+        labels: `[B]`, `[B, T]` or `[B, K]`.
+        inputs: the batch, not repeated.
+        config: the model's configuration, or None.
+        shift_labels: whether the head predicts the next token.
+
+    Returns:
+        Boolean mask of the labels' shape.
+    """
+    counted = valid_items(labels, shift_labels)
+    if labels.dim() != 2 or labels.is_floating_point() or ANSWER[0] in inputs:
+        return torch.ones_like(counted) if labels.dim() < 2 or labels.is_floating_point() else counted | _bare(labels)
+    is_pair = getattr(config, "is_encoder_decoder", False)
+    mask, ids = inputs.get("decoder_attention_mask" if is_pair else "attention_mask"), inputs.get("decoder_input_ids")
+    if mask is None and is_pair:
+        mask = torch.zeros_like(labels) if ids is None else ids != config.pad_token_id
+    if mask is None or mask.shape != labels.shape:
+        mask = torch.ones_like(labels)
+    mask = mask.to(device=labels.device, dtype=torch.bool, copy=True)
+    if is_pair:
+        mask[:, 0] = True  # the start, which may be the padding token
+    return counted | (_bare(labels) & (F.pad(mask[:, 1:], (0, 1), value=False) if shift_labels else mask))
+
+
+def _bare(labels: Tensor) -> Tensor:
+    """`[B, 1]`: the rows of `[B, T]` that have no label at all."""
+    return (labels == -100).all(1, keepdim=True)
+
+
 def shifted_labels(labels: Tensor) -> Tensor:
     """The labels of a head that predicts the next token, as long as its logits: position t gets label t + 1."""
     return F.pad(labels[..., 1:], (0, 1), value=-100)
@@ -59,6 +128,8 @@ def find_logits(outputs: Any, rows: int) -> Tensor:
     """
     if isinstance(outputs, Mapping):
         logits = outputs.get("logits", outputs.get("scores"))  # the latter in sentence-transformers' CrossEncoder
+        if logits is None and {"start_logits", "end_logits"} <= outputs.keys():  # question answering: [rows, 2, T]
+            logits = torch.stack((outputs["start_logits"], outputs["end_logits"]), 1)
         found = ", ".join(outputs)
     else:  # (loss, logits, ...), or (logits, ...) when the labels were withheld for label smoothing
         items = outputs if isinstance(outputs, (list, tuple)) else ()

@@ -53,13 +53,13 @@ class LossLog:
         if self._watching and has_agreement:
             self._early = parts.float() if self._early is None else self._early + parts
 
-    def take(self, step: int, gather: Callable[[Tensor], Tensor]) -> tuple[float, float] | None:
-        """Mean CE and KL of an optimizer step over all processes since the last call, None when nothing was added."""
+    def take(self, step: int, gather: Callable[[Tensor], Tensor]) -> tuple[float, float, float] | None:
+        """Mean loss, CE and KL of an optimizer step over all processes since the last call; None without a step."""
         if self._sums is None:
             return None
-        _, ce, kl = (gather(self._sums[None]).mean(0) / max(1, step - self._since)).tolist()
+        loss, ce, kl = (gather(self._sums[None]).mean(0) / max(1, step - self._since)).tolist()
         self._sums = None
-        return ce, kl
+        return loss, ce, kl
 
     def inert_parts(self, step: int, alpha: float) -> tuple[float, float] | None:
         """Once, after the first hundred steps: alpha/2 * KL and CE of a step if the former hardly counts beside it."""

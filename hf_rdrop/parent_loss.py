@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .fused_head import find_head
-from .heads import Head, find_logits
+from .heads import Head
 from .loss_log import LossLog
 
 # The heads of Transformers whose labels are classes below `config.num_labels`.
@@ -111,28 +111,34 @@ def recorded_outputs(model: nn.Module | None) -> Iterator[list[Any]]:
         yield outputs
 
 
-def logits_to_compare(returned: Any, recorded: list[Any], loss: Tensor, *, rows: int, name: str | None) -> Tensor:
-    """The logits behind a parent's loss: in the outputs it returned, else in those of its only forward.
+def outputs_behind(returned: Any, recorded: list[Any], name: str | None) -> Any:
+    """The outputs that a parent's loss was computed from: those it returned, else those of its only forward.
 
     Args:
         returned: the outputs that the parent's `compute_loss` returned.
         recorded: what each call of the model in it returned.
-        loss: its loss.
-        rows: how many rows the logits must have, m * B.
-        name: what to call it.
+        name: what to call it, None for Trainer's own.
 
     Raises:
-        ValueError: when there are no such logits, or when the loss is not trained through them.
+        ValueError: when it cannot be told.
     """
-    if name and not returned:
-        if len(recorded) != 1:
-            raise ValueError(
-                f"{name} returns no outputs and called the model {len(recorded)} times for one batch, so R-Drop "
-                "cannot tell which logits to compare. It is for losses of one forward with a row of logits for each "
-                "example, not for contrastive, margin or listwise ones. Use such a loss, or set rdrop_alpha to 0."
-            )
-        returned = recorded[0]
-    logits = find_logits(returned, rows)
+    if name is None or returned:
+        return returned
+    if len(recorded) != 1:
+        raise ValueError(
+            f"{name} returns no outputs and called the model {len(recorded)} times for one batch, so R-Drop "
+            "cannot tell which logits to compare. It is for losses of one forward with a row of logits for each "
+            "example, not for contrastive, margin or listwise ones. Use such a loss, or set rdrop_alpha to 0."
+        )
+    return recorded[0]
+
+
+def check_gradient(loss: Tensor, logits: Tensor, name: str | None) -> None:
+    """Check that a loss that is trained is trained through these logits.
+
+    Raises:
+        ValueError: when it is not.
+    """
     if loss.requires_grad and not logits.requires_grad:
         raise ValueError(
             f"The logits that {name or 'the model'} returns carry no gradient (the loss was computed elsewhere), so "
@@ -140,7 +146,6 @@ def logits_to_compare(returned: Any, recorded: list[Any], loss: Tensor, *, rows:
             "R-Drop's fused head compute it: user_of_outputs = None in your trainer class, and rdrop_fused_head='on'. "
             "Otherwise set rdrop_alpha to 0."
         )
-    return logits
 
 
 def check_was_called(trainer_class: type, log: LossLog) -> None:

@@ -1,34 +1,34 @@
 """R-Drop for any Hugging Face `Trainer`, through `compute_loss`."""
 
-import logging
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 
-from .batch import NON_BATCH_INPUTS, first_rows, get_batch_size, repeat_batch
+from .batch import NON_BATCH_INPUTS, get_batch_size, repeat_batch
 from .checks import check_bases, check_batch, check_training_setup
-from .dropout import draw_own_masks, inspect_dropout, set_dropout
+from .dropout import draw_own_masks
 from .economies import Economies
-from .heads import predicts_next_token, resolve_head, valid_items
+from .heads import without_answers
 from .hub import CleanPushMixin
-from .loss_log import INERT_SHARE, INERT_STEPS, LossLog
+from .loss_log import LossLog
 from .model_card import write_card
-from .parent_loss import check_comparison, check_was_called, logits_to_compare, recorded_outputs
+from .objective import BatchLoss, Objective
+from .parent_loss import check_was_called
 from .resuming import ResumeMixin, set_epoch
-from .training_args import RDropArguments
+from .step_logs import StepLogMixin
+from .sub_models import SubModels
 
 if TYPE_CHECKING:
     _AnyTrainer = Trainer
 else:
     _AnyTrainer = object  # the mixin calls what every Trainer has, but derives from none
 
-logger = logging.getLogger(__name__)
 
-
-class RDropMixin(CleanPushMixin, ResumeMixin, _AnyTrainer):
+class RDropMixin(CleanPushMixin, ResumeMixin, StepLogMixin, _AnyTrainer):
     """Makes the objective of the `Trainer` class it is mixed in before R-Drop's: ``class T(RDropMixin, MyTrainer)``.
 
     In training, each batch is repeated (`[x; x]`, one forward, two dropout masks) and
@@ -68,34 +68,33 @@ class RDropMixin(CleanPushMixin, ResumeMixin, _AnyTrainer):
     """
 
     non_batch_inputs: frozenset[str] = NON_BATCH_INPUTS
+    _sub_models: SubModels | None
     compute_loss_func: Callable[..., Tensor] | None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         check_bases(cls, RDropMixin)
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        logits_for_agreement: Callable[[Any, Mapping[str, Any]], Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
+        self.logits_for_agreement = logits_for_agreement
         # Have the Trainer count the valid items of each optimizer step whatever the model accepts, and take our loss
         # as scaled whenever it has counted: `compute_loss` does the division.
         self.model_accepts_loss_kwargs, self.loss_is_scaled_for_ga = True, None
         self._log = LossLog()
         self._economies: Economies | None = None
-        self._unwrapped: tuple[Any, nn.Module] | None = None
+        self._installed, self._sub_models = ExitStack(), None  # a `SubModels` while training with one
         self._apply_dropout(self.model)
         if self.compute_loss_func is not None:
             self.compute_loss_func = self._as_mean(self.compute_loss_func)
         self.add_callback(_RDropCallback(self))
 
     # ---- Set-up ----
-
-    def _apply_dropout(self, model: Any) -> None:
-        if (p := self.rdrop_argument("dropout")) is not None:
-            set_dropout(model, p)
-
-    def rdrop_argument(self, name: str) -> Any:
-        """An R-Drop argument, or its default where `args` is a plain `TrainingArguments`."""
-        return getattr(self.args, f"rdrop_{name}", getattr(RDropArguments, f"rdrop_{name}"))
 
     def _as_mean(self, loss_func: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Give a user's loss function the count of the labels it sees: a mean, whether it divides by it or not."""
@@ -106,17 +105,14 @@ class RDropMixin(CleanPushMixin, ResumeMixin, _AnyTrainer):
         return mean_loss
 
     @property
-    def base_model(self) -> nn.Module:
-        """The model without wrappers and adapters; looked for once, because unwrapping walks through all modules."""
-        if self._unwrapped is None or self._unwrapped[0] is not self.model:
-            model = self.accelerator.unwrap_model(self.model)
-            self._unwrapped = self.model, model.get_base_model() if hasattr(model, "get_base_model") else model
-        return self._unwrapped[1]
-
-    @property
-    def shifts_labels(self) -> bool:
-        """Whether the head scores position t against label t + 1 (causal language models)."""
-        return predicts_next_token(self.base_model)
+    def needs_outputs(self) -> str | None:
+        """What of R-Drop's own needs the model's outputs, so that no fused head can take their place."""
+        if self.logits_for_agreement is not None:
+            return "logits_for_agreement gets the model's outputs"
+        for name, plain in (("agreement", "symmetric_kl"), ("deterministic_target", False), ("unlabeled", False)):
+            if (value := self.rdrop_argument(name)) != plain:
+                return f"rdrop_{name}={value} needs the logits"
+        return self.user_of_outputs
 
     @property
     def user_of_outputs(self) -> str | None:
@@ -137,18 +133,18 @@ class RDropMixin(CleanPushMixin, ResumeMixin, _AnyTrainer):
         self._log = self._restore_log()
         if self._economies is not None:
             self._economies.remove()
+        self._end_training()
         check_training_setup(self)
+        self._sub_models = self._installed.enter_context(self.sub_models())
         self._economies = Economies(self)
         # (Processes that share a batch, in tensor parallelism, must draw the same.)
         tensor_parallel = getattr(getattr(self.accelerator, "parallelism_config", None), "tp_size", 1)
         draw_own_masks(self.accelerator.process_index // tensor_parallel, self.args.device)
 
-    @property
-    def _passes(self) -> int:
-        """How often this optimizer step's batches are repeated while training."""
-        if not self.rdrop_argument("alpha") or self.state.global_step % self.rdrop_argument("interval"):
-            return 1
-        return self.rdrop_argument("passes")
+    def _end_training(self) -> None:
+        """Take off the model what `sub_models` put on it."""
+        self._installed.close()
+        self._sub_models = None
 
     # ---- The objective ----
 
@@ -156,8 +152,9 @@ class RDropMixin(CleanPushMixin, ResumeMixin, _AnyTrainer):
         try:
             loss = super().training_step(*args, **kwargs)
         finally:
-            if self._economies is not None:
-                self._economies.stop()
+            for part in (self._economies, self._sub_models):
+                if part is not None:
+                    part.stop()
         check_was_called(type(self), self._log)
         return loss
 
@@ -177,51 +174,54 @@ class RDropMixin(CleanPushMixin, ResumeMixin, _AnyTrainer):
                 loss = torch.where(count > 0, loss, 0)  # as in training: not nan for rows without a valid item
             return (loss, outputs) if return_outputs else loss
 
-        alpha, passes, outputs, fused_head = self.rdrop_argument("alpha"), self._passes, None, None
-        if alpha:
-            labels = check_batch(self, inputs)
-            economies = self._economies = self._economies or Economies(self)
-            if not economies.tried_out:
-                economies.try_out(model, inputs, labels)
-            economies.start(passes)
-            fused_head = None if return_outputs else economies.fused_head
-
+        if self.rdrop_argument("unlabeled"):
+            inputs = without_answers(inputs)
+        found = self._batch_loss(super().compute_loss, model, inputs, return_outputs)
+        ce, kl, alpha = found.ce, found.agreement, self._alpha
         count = self._count_items(inputs)
-        if fused_head is not None:
-            loss, ce, kl = fused_head.loss(
+        if count is not None and found.fused is None:
+            ce = torch.where(count > 0, ce, 0)  # the mean over no item is 0 and not nan
+        share = kl_share = self._step_share(count, num_items_in_batch)
+        if self.rdrop_argument("unlabeled") and num_items_in_batch is not None:
+            kl_share = self._step_share(self._count_compared(inputs), self._compared_in_step)
+        # Without a count, `training_step` divides by the accumulation steps.
+        is_scaled = num_items_in_batch is not None or self.compute_loss_func is not None
+        weights = (share, kl_share) if is_scaled else (1, 1)
+        loss = ce * weights[0] + alpha / 2 * kl * weights[1] if found.fused is None else found.fused * weights[0]
+
+        ce, kl = ce.detach() * share, kl.detach() * kl_share
+        parts = torch.stack((ce + alpha / 2 * kl, ce, kl))
+        self._log.add(self.state.global_step, parts, self._compares, self.args.logging_nan_inf_filter)
+        return (loss, found.outputs) if return_outputs else loss
+
+    def _batch_loss(
+        self, parent_loss: Callable[..., Any], model: nn.Module, inputs: dict[str, Any], return_outputs: bool
+    ) -> BatchLoss:
+        """CE and agreement of a training batch."""
+        passes, objective = self._passes, Objective(self, parent_loss)
+        if self._sub_models is not None:
+            self._sub_models.start(passes)
+        if not self.rdrop_argument("alpha"):
+            return objective.plain(model, inputs, self.find_labels(inputs))
+        labels = check_batch(self, inputs)
+        economies = self._economies = self._economies or Economies(self)
+        if not economies.tried_out:
+            economies.try_out(model, inputs, labels)
+        economies.start(passes)
+        if economies.fused_head is not None and not return_outputs:
+            loss, ce, kl = economies.fused_head.loss(
                 model,
                 inputs,
                 self.repeat,
                 passes=passes,
                 shift_labels=self.shifts_labels,
-                alpha=alpha,
+                alpha=self._alpha,
                 label_smoothing=self.args.label_smoothing_factor,
             )
-        else:
-            repeated = self.repeat(inputs, passes) if passes > 1 else dict(inputs)
-            with recorded_outputs(model if self._parent_loss else None) as recorded:
-                ce, outputs = super().compute_loss(model, repeated, return_outputs=True, num_items_in_batch=None)
-            if count is not None:
-                ce = torch.where(count > 0, ce, 0)  # the mean over no item is 0 and not nan
-            loss, kl = ce, torch.zeros_like(ce)
-            if passes > 1:
-                size = self._batch_size(inputs)
-                logits = logits_to_compare(outputs, recorded, ce, rows=passes * size, name=self._parent_loss)
-                config = getattr(self.base_model, "config", None)
-                head = resolve_head(config, logits, labels, passes, self.shifts_labels)
-                if not economies.compared:
-                    economies.compared = True
-                    check_comparison(config, head, logits, labels, passes, ce)
-                kl = head.agreement(logits, passes)
-                loss = ce + alpha / 2 * kl
-                outputs = first_rows(outputs, passes * size, size) if return_outputs else None
-
-        scale = self._step_share(count, num_items_in_batch)
-        parts = torch.stack((loss.detach(), ce.detach(), kl.detach())) * scale
-        self._log.add(self.state.global_step, parts, passes > 1, self.args.logging_nan_inf_filter)
-        if num_items_in_batch is not None or self.compute_loss_func is not None:
-            loss = loss * scale  # otherwise `training_step` divides by the accumulation steps
-        return (loss, outputs) if return_outputs else loss
+            return BatchLoss(ce, kl, None, loss)
+        if not self._compares:
+            return objective.plain(model, inputs, labels)
+        return objective.compared(model, inputs, labels, passes)
 
     def _batch_size(self, inputs: Mapping[str, Any]) -> int:
         return get_batch_size(inputs, (*self.label_names, "input_ids"))
@@ -231,63 +231,12 @@ class RDropMixin(CleanPushMixin, ResumeMixin, _AnyTrainer):
         size = self._batch_size(inputs)
         return repeat_batch(inputs, passes, batch_size=size, non_batch_inputs=self.non_batch_inputs)
 
-    # ---- Normalisation over the optimizer step ----
-
-    def find_labels(self, inputs: Mapping[str, Any]) -> Tensor | None:
-        names = ("labels", "label", *self.label_names)
-        found = (inputs[name] for name in names if isinstance(inputs.get(name), Tensor))
-        return next(found, None)
-
-    def _count_items(self, inputs: Mapping[str, Any]) -> Tensor | None:
-        labels = self.find_labels(inputs)
-        return None if labels is None else valid_items(labels, self.shifts_labels).sum()
-
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
-        """Valid items of one optimizer step, on all ranks when `average_tokens_across_devices`; for every head."""
-        counts = [count for batch in batch_samples if (count := self._count_items(batch)) is not None]
-        if not counts or len(counts) < len(batch_samples):
-            return None
-        total = torch.stack(counts).sum().to(device)
-        if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            total = self.accelerator.gather(total).sum()
-        return total
-
-    def _step_share(self, count: Tensor | None, num_items_in_batch: Any) -> Any:
-        """What a mean over this batch weighs in the mean over the optimizer step (1.0 exactly if it is all of it)."""
-        if num_items_in_batch is None or count is None:
-            return 1 / getattr(self, "current_gradient_accumulation_steps", 1)
-        across = self.args.average_tokens_across_devices
-        ranks = self.accelerator.num_processes if across else 1  # undoes the averaging of gradients over the ranks
-        return count / torch.as_tensor(num_items_in_batch, device=count.device).clamp(min=1) * ranks
-
-    # ---- Logs and model card ----
+    # ---- Model card ----
 
     def create_model_card(self, *args: Any, comparison: Any = None, consistency: Any = None, **kwargs: Any) -> None:
         """As the base class's, with R-Drop's evidence on the card; see `hf_rdrop.model_card.write_card`."""
         if self.is_world_process_zero():
             write_card(self, super().create_model_card, args, kwargs, comparison=comparison, consistency=consistency)
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if "loss" in logs and (means := self._log.take(self.state.global_step, self.accelerator.gather)) is not None:
-            logs["ce_loss"], logs["kl_loss"] = ce, kl = means
-            logs["kl_share"] = self.rdrop_argument("alpha") / 2 * kl / ce if ce else 0.0
-        super().log(logs, *args, **kwargs)
-
-    def _warn_if_inert(self) -> None:
-        """Say once, after the first hundred steps, when the agreement term does nothing."""
-        alpha = self.rdrop_argument("alpha")
-        parts = self._log.inert_parts(self.state.global_step, alpha)
-        if parts is not None and self.is_world_process_zero():
-            rates = sorted({s.rate for s in inspect_dropout(self.base_model) if s.rate > 0})
-            logger.warning(
-                f"R-Drop: over the first {INERT_STEPS} steps alpha/2 * KL was {parts[0]:.2g}, under "
-                f"{INERT_SHARE:.0%} of the cross-entropy ({parts[1]:.2g}): the agreement term hardly changes the "
-                f"training. The sub-models already agree: raise the dropout rate (rdrop_dropout; now {rates}) or "
-                f"rdrop_alpha (now {alpha:g}), or save the second pass with rdrop_alpha=0."
-            )
-
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        return super().floating_point_ops(inputs) * self._passes
 
 
 class _RDropCallback(TrainerCallback):
@@ -304,6 +253,9 @@ class _RDropCallback(TrainerCallback):
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         self.trainer._warn_if_inert()
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer._end_training()
 
 
 class RDropTrainer(RDropMixin, Trainer):

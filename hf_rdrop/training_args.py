@@ -5,10 +5,11 @@ from dataclasses import dataclass, field
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from .loss import check_alpha
+from .variant_args import VariantArguments
 
 
 @dataclass
-class RDropArguments:
+class RDropArguments(VariantArguments):
     """Arguments that turn a `Trainer`'s objective into R-Drop's; mix in before a `TrainingArguments` class.
 
     ``loss = mean_j CE_j + rdrop_alpha / 2 * mean_{i<j} sKL(P_i, P_j)`` over `rdrop_passes` stochastic passes.
@@ -101,9 +102,7 @@ class RDropArguments:
                 f"rdrop_dropout must be in [0, 1), got {p!r}: it is the probability that an element is zeroed. "
                 "Leave it out to keep the model's own rates."
             )
-        parent_post_init = getattr(super(), "__post_init__", None)
-        if parent_post_init is not None:
-            parent_post_init()
+        super().__post_init__()
 
 
 @dataclass

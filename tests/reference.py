@@ -66,3 +66,56 @@ def torch_reference(logits, labels, alpha, problem_type="single_label_classifica
     ce_mean = sum(ce) / (m * count)
     kl_mean = sum(value * weight for value, weight in kl) / count
     return ce_mean + alpha / 2 * kl_mean, ce_mean, kl_mean
+
+
+def naive_kl(p, q):
+    return sum(x * math.log(x / y) for x, y in zip(p, q, strict=True) if x > 0)
+
+
+def naive_jensen_shannon(p, q):
+    """In nats, by its second definition: the entropy of the mean less the mean of the entropies."""
+
+    def entropy(probabilities):
+        return -sum(x * math.log(x) for x in probabilities if x > 0)
+
+    return entropy([(x + y) / 2 for x, y in zip(p, q, strict=True)]) - (entropy(p) + entropy(q)) / 2
+
+
+def naive_squared(a, b):
+    return sum((x - y) ** 2 for x, y in zip(a, b, strict=True))
+
+
+def naive_agreement(name, problem_type, passes, mask=None):
+    """Mean over pairs of passes and valid items of an agreement of `hf_rdrop.agreements`.
+
+    `passes` holds for each pass a list of items, each a list of scores; a label or a prediction counts as an item of
+    its own. `mask` says for each item (single-label) or score whether it counts.
+    """
+    values = []
+    for i, j in pairs(len(passes)):
+        for n, (a, b) in enumerate(zip(passes[i], passes[j], strict=True)):
+            if problem_type == "single_label_classification":
+                if mask is None or mask[n]:
+                    values.append(_naive_distance(name, a, b, naive_softmax(a), naive_softmax(b)))
+                continue
+            for c, (x, y) in enumerate(zip(a, b, strict=True)):
+                if mask is not None and not mask[n][c]:
+                    continue
+                if problem_type == "regression":
+                    values.append((x - y) ** 2)
+                elif name == "squared_probabilities":
+                    values.append((1 / (1 + math.exp(-x)) - 1 / (1 + math.exp(-y))) ** 2)
+                else:
+                    p, q = naive_softmax([x, 0]), naive_softmax([y, 0])
+                    values.append(_naive_distance(name, [x], [y], p, q))
+    return sum(values) / len(values) if values else 0.0
+
+
+def _naive_distance(name, a, b, p, q):
+    return {
+        "symmetric_kl": lambda: (naive_kl(p, q) + naive_kl(q, p)) / 2,
+        "one_sided_kl": lambda: naive_kl(p, q),
+        "jensen_shannon": lambda: naive_jensen_shannon(p, q),
+        "squared_logits": lambda: naive_squared(a, b) / len(a),
+        "squared_probabilities": lambda: naive_squared(p, q),
+    }[name]()

@@ -4,8 +4,8 @@ import types
 
 import pytest
 import torch
-from conftest import make_collator, make_model, make_rows, train
-from transformers import BartConfig, BartForSequenceClassification, BertConfig, BertForQuestionAnswering
+from conftest import make_collator, make_model, make_rows, step_logs, train
+from transformers import BartConfig, BartForSequenceClassification, BertConfig, BertModel, BertPreTrainedModel
 
 from hf_rdrop import RDropTrainer, RDropTrainingArguments
 from hf_rdrop.heads import resolve_head
@@ -46,13 +46,31 @@ def test_layers_dropped_for_the_whole_batch_do_not_count():
     refuse(BartForSequenceClassification(config), r"layerdrop.*= 0.5")
 
 
+class TwoLabels(BertPreTrainedModel):
+    """A head that is trained on something else than `labels`."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.bert = BertModel(config)
+
+    def forward(self, input_ids, order_labels=None, topic_labels=None):
+        pooled = self.bert(input_ids).pooler_output
+        return {"loss": pooled.mean() * topic_labels.float().mean(), "topic": pooled, "order": pooled}
+
+
 def test_unsupported_head():
     config = BertConfig(
         vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
     )
-    rows = [{"input_ids": row["input_ids"], "start_positions": 1, "end_positions": 2} for row in make_rows("single")]
-    refuse(BertForQuestionAnswering(config), "does not support the head of BertForQuestionAnswering", rows=rows)
-    train(BertForQuestionAnswering(config), rows=rows, rdrop_alpha=0.0)
+    rows = [{"input_ids": row["input_ids"], "order_labels": 1, "topic_labels": 2} for row in make_rows("single")]
+    refuse(TwoLabels(config), "does not support the head of TwoLabels", rows=rows)
+    train(TwoLabels(config), rows=rows, rdrop_alpha=0.0)
+
+    def topics(outputs, inputs):
+        return outputs["topic"]
+
+    own = train(TwoLabels(config), rows=rows, trainer_kwargs={"logits_for_agreement": topics})
+    assert step_logs(own)[-1]["kl_loss"] > 0
 
 
 def test_a_head_that_returns_no_logits():
