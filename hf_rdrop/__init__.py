@@ -3,6 +3,7 @@
 from .consistency import Consistency, measure_consistency
 from .dropout import inspect_dropout, set_dropout
 from .loss import RDropLoss
+from .sub_models import SubModels, insert_dropout
 from .trainer import RDropMixin, RDropSeq2SeqTrainer, RDropTrainer
 from .training_args import RDropArguments, RDropSeq2SeqTrainingArguments, RDropTrainingArguments
 from .version import __version__
@@ -16,7 +17,9 @@ __all__ = [
     "RDropSeq2SeqTrainingArguments",
     "RDropTrainer",
     "RDropTrainingArguments",
+    "SubModels",
     "__version__",
+    "insert_dropout",
     "inspect_dropout",
     "measure_consistency",
     "set_dropout",

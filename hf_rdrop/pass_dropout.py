@@ -100,6 +100,8 @@ class PassDropout(TorchFunctionMode):
             return self._dropout(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
             return self._attention(*args, **kwargs)
+        if func is Tensor.backward:
+            return self._backward(*args, **kwargs)
         return func(*args, **kwargs)
 
     # What these two call is not looked at again where a compiled graph of them runs within this mode.
@@ -131,6 +133,19 @@ class PassDropout(TorchFunctionMode):
         return torch.cat(
             [attention(queries[i], keys[i], values[i], masks[i], rates[i], is_causal, **kwargs) for i in range(parts)]
         )
+
+    def _backward(
+        self,
+        loss: Tensor,
+        gradient: Any = None,
+        retain_graph: Any = None,
+        create_graph: bool = False,
+        inputs: Any = None,
+    ) -> None:
+        with (
+            self
+        ):  # which is left for as long as it handles a call: gradient checkpointing would run layers without it
+            torch.autograd.backward(loss, gradient, retain_graph, create_graph, inputs=inputs)
 
     def _parts(self, x: Tensor) -> int:
         return 1 if self._in_table or not x.dim() else self.pass_rows.parts(len(x), "second_dropout")

@@ -75,7 +75,8 @@ def linear_maps(model: nn.Module) -> list[nn.Module]:
         module
         for layer in hidden_layers(model, "drop_connect")
         for module in layer.modules()
-        if type(module).forward in plain and "forward" not in vars(module)
+        if type(module).forward in plain
+        and ("forward" not in vars(module) or hasattr(module, "rdrop_drop_connect"))  # the latter is refused later
     ]
     if not found:
         raise ValueError(

@@ -1,0 +1,277 @@
+"""Agreements, sources of sub-models and schedules through the Trainer: the objective is the one that was asked for."""
+
+import math
+
+import pytest
+import torch
+from conftest import HEADS, make_collator, make_model, make_rows, step_logs, train
+from transformers import LlamaConfig, LlamaForSequenceClassification, set_seed
+
+from hf_rdrop import RDropSeq2SeqTrainer, RDropTrainer, RDropTrainingArguments
+from hf_rdrop.agreements import OUTPUT_AGREEMENTS, hidden_state_agreement
+from hf_rdrop.contrastive import info_nce_agreement, pool
+from hf_rdrop.dropout import inspect_dropout
+from hf_rdrop.heads import find_logits, resolve_head
+
+TINY = 1e-9
+
+
+def make_trainer(model, head, folder, **args):
+    args = RDropTrainingArguments(str(folder), use_cpu=True, report_to=[], **args)
+    trainer = RDropTrainer(model=model, args=args, train_dataset=make_rows(head))
+    trainer.model.train()
+    return trainer
+
+
+def batch_of(head, model, rows=6):
+    return make_collator(head, model)(make_rows(head, rows))
+
+
+def split(value, passes=2):
+    return value.unflatten(0, (passes, -1))
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("agreement", [*OUTPUT_AGREEMENTS, "symmetric_kl + 0.3 * hidden_states", "2 * info_nce"])
+def test_the_loss_is_ce_and_alpha_half_of_what_was_asked_for(head, agreement, tmp_path):
+    model = make_model(head, 0.2)
+    if head == "regression" and agreement in ("jensen_shannon", "squared_probabilities"):
+        trainer = make_trainer(model, head, tmp_path, rdrop_agreement=agreement)
+        with pytest.raises(ValueError, match=f"'{agreement}' compares probabilities"):
+            trainer.compute_loss(model, batch_of(head, model))
+        return
+    trainer = make_trainer(model, head, tmp_path, rdrop_agreement=agreement, rdrop_alpha=3.0)
+    inputs = batch_of(head, model)
+    torch.manual_seed(1)
+    loss = trainer.compute_loss(model, inputs)
+    torch.manual_seed(1)
+    repeated = trainer.repeat(inputs, 2)
+    outputs = model(**repeated, output_hidden_states=True)
+    logits = find_logits(outputs, 12)
+    resolved = resolve_head(model.config, logits, inputs["labels"], 2)
+    layers = {"encoder": outputs.get("hidden_states") or outputs.get("encoder_hidden_states")}
+    masks = {"encoder": inputs["attention_mask"]}
+    if head == "seq2seq":
+        layers["decoder"], masks["decoder"] = outputs.decoder_hidden_states, inputs["labels"] != -100
+    if agreement in OUTPUT_AGREEMENTS:
+        expected = OUTPUT_AGREEMENTS[agreement](split(logits), resolved.mask, resolved.problem_type)
+    elif "hidden" in agreement:
+        values = [hidden_state_agreement(layers[name][1:], 2, masks[name]) for name in layers]
+        expected = OUTPUT_AGREEMENTS["symmetric_kl"](split(logits), resolved.mask, resolved.problem_type)
+        expected = expected + 0.3 * sum(values) / len(values)
+    else:
+        texts = [pool(half, masks["encoder"], "mean") for half in split(layers["encoder"][-1])]
+        expected = 2 * info_nce_agreement(torch.stack(texts))
+    assert expected > 1e-4
+    assert loss.item() == pytest.approx((outputs.loss + 1.5 * expected).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_deterministic_target_is_one_pass_that_learns_beside_one_without_dropout(head, tmp_path):
+    model = make_model(head, 0.2)
+    trainer = make_trainer(model, head, tmp_path, rdrop_deterministic_target=True, rdrop_alpha=3.0)
+    inputs, rows = batch_of(head, model), []
+    model.register_forward_pre_hook(
+        lambda m, a, k: rows.append((len(k["labels"]), m.training, torch.is_grad_enabled())), with_kwargs=True
+    )
+    torch.manual_seed(1)
+    loss = trainer.compute_loss(model, inputs)
+    assert rows == [(6, False, False), (6, True, True)] and all(m.training for m in model.modules())
+    loss.backward()
+    found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    model.eval()
+    with torch.no_grad():
+        fixed = model(**inputs).logits
+    model.train()
+    torch.manual_seed(1)
+    outputs = model(**inputs)
+    resolved = resolve_head(model.config, outputs.logits, inputs["labels"], 1)
+    both = torch.stack((fixed, outputs.logits))
+    expected = outputs.loss + 1.5 * OUTPUT_AGREEMENTS["symmetric_kl"](both, resolved.mask, resolved.problem_type)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    expected.backward()
+    wanted = [p.grad for p in model.parameters() if p.grad is not None]
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+
+
+SOURCES = [
+    {"rdrop_layer_drop": 0.4},
+    {"rdrop_drop_connect": 0.2},
+    {"rdrop_embedding_noise": 0.1},
+    {"rdrop_insert_dropout": 0.2},
+]
+
+
+def make_llama():
+    set_seed(0)
+    return LlamaForSequenceClassification(
+        LlamaConfig(
+            vocab_size=40,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            pad_token_id=0,
+            num_labels=3,
+            initializer_range=0.3,
+        )
+    )
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_model_without_dropout_trains_with_each_source_and_is_stock_again(source, tmp_path):
+    model = make_llama()
+    names = [name for name, _ in model.named_modules()]
+    seen = []
+
+    class Watching(RDropTrainer):
+        def training_step(self, *args, **kwargs):
+            seen.append([name for name, _ in model.named_modules()] != names)
+            return super().training_step(*args, **kwargs)
+
+    trainer = train(
+        model, trainer_class=Watching, save_strategy="steps", save_steps=1, output_dir=str(tmp_path), **source
+    )
+    assert all(entry["kl_loss"] > 1e-3 for entry in step_logs(trainer)) and all(seen)
+    assert [name for name, _ in model.named_modules()] == names
+    assert all(vars(module).get("forward") is None for module in model.modules())
+    loaded, info = LlamaForSequenceClassification.from_pretrained(tmp_path / "checkpoint-1", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert not [found for found in inspect_dropout(loaded) if found.rate]
+    with pytest.raises(ValueError, match="Nothing in this model is stochastic"):
+        train(make_llama())
+
+
+@pytest.mark.parametrize("source", SOURCES[:3])
+def test_plain_training_has_the_same_noise(source):
+    """The control of such a comparison: alpha 0 with the source."""
+    plain, noisy = (train(make_model("single", 0.0), rdrop_alpha=0.0, **more) for more in ({}, source))
+    losses = [[entry["ce_loss"] for entry in step_logs(run)] for run in (plain, noisy)]
+    assert losses[0] != pytest.approx(losses[1], rel=1e-4)
+    assert all(entry["kl_loss"] == 0 for entry in step_logs(noisy))
+
+
+def test_an_impossible_place_is_an_error_before_the_first_step():
+    model = make_model("single", 0.1)
+    with pytest.raises(ValueError, match="insert_dropout: no attention or feed-forward block"):
+        train(model, rdrop_insert_dropout=0.1, rdrop_alpha=0.0)
+
+
+def test_another_rate_for_the_second_pass(tmp_path):
+    """With a first pass that drops next to nothing, its logits are those of dropout off; the second's are not."""
+    model = make_model("single", TINY)
+    trainer = make_trainer(model, "single", tmp_path, rdrop_second_dropout=0.5)
+    inputs = batch_of("single", model)
+    trainer._begin_training()
+    outputs = []
+    handle = model.register_forward_hook(lambda m, a, output: outputs.append(output.logits.detach()))
+    trainer.compute_loss(model, inputs)
+    trainer._end_training()
+    handle.remove()
+    first, second = split(outputs[-1])
+    model.eval()
+    with torch.no_grad():
+        off = model(**inputs).logits
+    torch.testing.assert_close(first, off, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(second, off, atol=1e-2)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(("schedule", "warmup"), [("linear", 4), ("sigmoid", 1.0)])
+def test_alpha_rises_and_the_log_lines_say_so(schedule, warmup, accumulation):
+    trainer = train(
+        make_model("token", 0.2),
+        "token",
+        max_steps=6,
+        logging_steps=2,
+        rdrop_alpha=2.0,
+        rdrop_alpha_schedule=schedule,
+        rdrop_alpha_warmup=warmup,
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=accumulation,
+    )
+    logs = step_logs(trainer)
+    for entry in logs:
+        total = entry["ce_loss"] + entry["rdrop_alpha"] / 2 * entry["kl_loss"]
+        assert entry["loss"] == pytest.approx(total, rel=1e-4)
+    alphas = [entry["rdrop_alpha"] for entry in logs]
+    if schedule == "linear":  # means of 0.5 and 1, 1.5 and 2, 2 and 2, weighted by KL
+        assert 0.5 < alphas[0] < 1 and 1.5 < alphas[1] < 2 and alphas[2] == pytest.approx(2, rel=1e-3)
+    else:
+        assert 2 * math.exp(-5) < alphas[0] < alphas[1] < alphas[2] < 2
+    assert "rdrop_alpha" not in step_logs(train(make_model("token", 0.2), "token"))[0]
+
+
+def unlike(outputs, inputs):
+    """Scores that differ between the passes without dropout, so that runs can be compared; and which items count."""
+    size = len(inputs["labels"])
+    logits = outputs["logits"] if "logits" in outputs else outputs[0]
+    scores = torch.cat((logits[:size], 1.5 * logits[size:]))
+    return scores, inputs["labels"] != -100
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {"rdrop_agreement": "symmetric_kl"},
+        {"rdrop_agreement": "symmetric_kl + 0.5 * jensen_shannon"},
+        {"rdrop_alpha_schedule": "linear", "rdrop_alpha_warmup": 4},
+    ],
+)
+@pytest.mark.parametrize("head", ["single", "token", "seq2seq"])
+def test_it_does_not_matter_how_the_rows_are_divided(head, variant):
+    runs = [
+        train(
+            make_model(head, TINY),
+            head,
+            RDropSeq2SeqTrainer if head == "seq2seq" else RDropTrainer,
+            rows=make_rows(head, 16),
+            trainer_kwargs={"logits_for_agreement": unlike},
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps,
+            rdrop_alpha=3.0,
+            optim="sgd",
+            learning_rate=1e-2,
+            **variant,
+        )
+        for size, steps in ((16, 1), (4, 4))
+    ]
+    one, other = ([(e["loss"], e["kl_loss"], e["grad_norm"]) for e in step_logs(run)] for run in runs)
+    assert all(kl > 0.01 for _, kl, _ in one)
+    assert [x for entry in other for x in entry] == pytest.approx([x for entry in one for x in entry], rel=2e-5)
+
+
+def test_hidden_states_that_a_model_does_not_return_are_an_error():
+    class Bare(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bert = make_model("single", 0.1)
+
+        def forward(self, input_ids, labels=None, output_hidden_states=None):
+            found = self.bert(input_ids, labels=labels)
+            return {"loss": found.loss, "logits": found.logits}
+
+    with pytest.raises(ValueError, match="returns no hidden states"):
+        train(Bare(), rdrop_agreement="hidden_states")
+
+
+def test_the_fused_head_gives_way(caplog):
+    """It computes the symmetric KL alone."""
+    with pytest.raises(ValueError, match="rdrop_agreement=jensen_shannon needs the logits"):
+        train(
+            make_model("seq2seq", 0.1),
+            "seq2seq",
+            RDropSeq2SeqTrainer,
+            rdrop_fused_head="on",
+            rdrop_agreement="jensen_shannon",
+        )
+
+
+def test_floating_point_operations_of_a_deterministic_target():
+    plain, more = (
+        train(make_model("single"), rdrop_alpha=alpha, rdrop_deterministic_target=True).state.total_flos
+        for alpha in (0.0, 1.0)
+    )
+    assert more == plain * 4 // 3
