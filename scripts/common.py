@@ -111,10 +111,14 @@ def start_run(args: TrainingArguments) -> str | None:
     scripts_level = logging.INFO if args.should_log else logging.ERROR
     for name in (
         "model_loading",
+        "contrastive_data",
+        "clm_data",
         "glue_data",
+        "image_data",
         "ner_data",
         "translation_data",
         "run_translation",
+        "unlabeled_data",
         "hf_rdrop",
         "__main__",
     ):

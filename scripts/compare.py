@@ -13,9 +13,9 @@ doubled batch with cross-entropy alone; `rdrop`; `rdrop-2x`, R-Drop with twice t
 "trunk=rdrop --rdrop_shared_layers 4").
 
 Several alphas (and whatever --tune says) are tried on a held-out part of the training data, never on the validation
-data that is reported. --demo writes small made-up corpora for three heads (demo_data.py), makes randomly initialised
-models with tokenizers for them (init_model.py), and trains plainly and with R-Drop, with three seeds each. Whatever
-the table then says is what it says: the models are tiny and trained from scratch for seconds.
+data that is reported. --demo writes small made-up corpora (demo_data.py), makes randomly initialised models with
+tokenizers for them and one for scikit-learn's digits (init_model.py), and trains plainly and with R-Drop, with three
+seeds each. Whatever the table then says is what it says: the models are tiny and trained from scratch for seconds.
 
 The folder gets comparison.md (the report), comparison.json (every run with its arguments and figures), plots, and
 runs/ with each run's command, log and results. Killed and started again with the same arguments, it goes on with the

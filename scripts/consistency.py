@@ -11,8 +11,8 @@ sub-models, from them to dropout off, and from the ensemble to dropout off. A co
 ensemble scores as it does. Each model is measured at the dropout rates that its configuration says; to measure all at
 one rate, give --rdrop_dropout after --.
 
-What follows -- are arguments of the script (run_glue.py, run_ner.py or run_translation.py) for the data and for
-evaluation; --bf16, --use_cpu and --per_device_eval_batch_size among them. --do_eval is added.
+What follows -- are arguments of the script (that of --script) for the data and for evaluation; --bf16, --use_cpu and
+--per_device_eval_batch_size among them. --do_eval is added.
 
 The folder gets consistency.md (a table), consistency.json (every figure and curve), consistency.png, and a folder a
 model with the script's own results.
@@ -24,17 +24,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import run_clm
 import run_glue
+import run_image_classification
 import run_ner
 import run_translation
 from common import cli, read_json, without_folders, write_file, write_json
 from consistency_report import choose_score, markdown_table, plot
 
 SCRIPTS: dict[str, Callable[[list[str]], Any]] = {
+    "run_clm.py": run_clm.main,
     "run_glue.py": run_glue.main,
     "run_ner.py": run_ner.main,
     "run_translation.py": run_translation.main,
+    "run_image_classification.py": run_image_classification.main,
 }
+DATA = ("--validation_file", "--validation_dir", "--dataset_name", "--task_name", "--digits")
 FILES = ("consistency.md", "consistency.json", "consistency.png")
 OWN = ("model_name_or_path", "output_dir", "do_train", "do_eval", "do_predict", "consistency_samples", "push_to_hub")
 
@@ -61,10 +66,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for name in OWN:
         if any(argument == f"--{name}" or argument.startswith(f"--{name}=") for argument in args.arguments):
             raise ValueError(f"--{name} is set for each model by consistency.py: leave it out after --.")
-    if not any(
-        argument.startswith(("--validation_file", "--dataset_name", "--task_name")) for argument in args.arguments
-    ):
-        raise ValueError("no data: give --validation_file, --dataset_name or --task_name after --.")
+    if not any(argument.startswith(DATA) for argument in args.arguments):
+        raise ValueError(f"no data: give one of {', '.join(DATA)} after --.")
     if args.output_dir.exists() and not args.output_dir.is_dir():
         raise ValueError(f"--output_dir {args.output_dir} is a file: give the name of a folder.")
     others = {file.name for file in args.output_dir.glob("*")} - {*FILES, *args.models}

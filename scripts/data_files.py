@@ -20,6 +20,7 @@ import pyarrow as pa
 from datasets import Dataset
 
 FORMATS = (".csv", ".tsv", ".json", ".jsonl")
+TEXT = ".txt"  # of scripts that need no columns
 FILE_ARGUMENTS = {"train": "train_file", "validation": "validation_file", "test": "test_file"}
 
 
@@ -98,6 +99,10 @@ class DataArguments:
         if self.dataset_name and any(getattr(self, name) for name in FILE_ARGUMENTS.values()):
             raise ValueError("--dataset_name and files were both given: it is unclear which to use. Give one of them.")
 
+    def in_order(self, train: Dataset) -> Dataset:
+        """The training rows in the order of which --max_train_samples takes the first."""
+        return train if self.sample_seed is None else train.shuffle(seed=self.sample_seed)
+
     def choose_rows(self, splits: dict[str, Dataset]) -> dict[str, Dataset]:
         """The rows of each split that the run uses, as --max_*_samples and --validation_from_train say."""
         chosen = {}
@@ -105,8 +110,8 @@ class DataArguments:
             name = {"train": "max_train_samples", "test": "max_predict_samples"}.get(split.split("_")[0])
             limit = getattr(self, name or "max_eval_samples")
             if limit is not None:
-                if split == "train" and self.sample_seed is not None:
-                    dataset = dataset.shuffle(seed=self.sample_seed)
+                if split == "train":
+                    dataset = self.in_order(dataset)
                 dataset = dataset.select(range(min(limit, len(dataset))))
             chosen[split] = dataset
         if self.validation_from_train is not None:
@@ -123,16 +128,15 @@ class DataArguments:
         return chosen
 
 
-def load_splits(data_args: DataArguments, model_args: Any, splits: Iterable[str]) -> dict[str, Dataset]:
-    """Load the splits that the run needs.
+def load_splits(
+    data_args: DataArguments, model_args: Any, splits: Iterable[str], formats: tuple[str, ...] = FORMATS
+) -> dict[str, Dataset]:
+    """Load the splits that the run needs; `formats` are those that a file may have.
 
     Raises:
         ValueError: a split has no source, a file cannot be read or is empty, or the data set cannot be loaded.
     """
-    if data_args.validation_from_train is not None:
-        splits = [split for split in splits if not split.startswith("validation")]
-        if "train" not in splits:
-            raise ValueError("--validation_from_train holds out training rows: it needs --do_train.")
+    splits = splits_to_load(data_args, splits)
     if data_args.dataset_name:
         return _load_from_hub(data_args, model_args, splits)
     loaded = {}
@@ -142,8 +146,18 @@ def load_splits(data_args: DataArguments, model_args: Any, splits: Iterable[str]
         if path is None:
             task = {"train": "--do_train", "validation": "--do_eval", "test": "--do_predict"}[split.split("_")[0]]
             raise ValueError(f"{task} needs data: give --{argument} (or --dataset_name for a data set of the Hub).")
-        loaded[split] = read_table(path)
+        loaded[split] = read_table(path, formats)
     return loaded
+
+
+def splits_to_load(data_args: DataArguments, splits: Iterable[str]) -> list[str]:
+    """The splits that the run needs, without validation data where training rows take their place."""
+    splits = list(splits)
+    if data_args.validation_from_train is None:
+        return splits
+    if "train" not in splits:
+        raise ValueError("--validation_from_train holds out training rows: it needs --do_train.")
+    return [split for split in splits if not split.startswith("validation")]
 
 
 def _load_from_hub(data_args: DataArguments, model_args: Any, splits: Iterable[str]) -> dict[str, Dataset]:
@@ -172,8 +186,10 @@ def _load_from_hub(data_args: DataArguments, model_args: Any, splits: Iterable[s
     return {split: loaded[split] for split in splits}
 
 
-def read_table(path: str) -> Dataset:
+def read_table(path: str, formats: tuple[str, ...] = FORMATS) -> Dataset:
     """Read one csv, tsv, json or jsonl file (also .gz) into memory.
+
+    With .txt among the `formats` also plain text: a row with the column `text` for each line that is not blank.
 
     Raises:
         ValueError: with the file, and the line or row where the fault is.
@@ -181,12 +197,15 @@ def read_table(path: str) -> Dataset:
     file = Path(path).expanduser()
     if not file.is_file():
         kind = "is a folder" if file.is_dir() else "is no regular file" if file.exists() else "does not exist"
-        raise ValueError(f"{path} {kind}: give the path of a data file ({', '.join(FORMATS)}, also .gz).")
+        raise ValueError(f"{path} {kind}: give the path of a data file ({', '.join(formats)}, also .gz).")
     suffix = file.with_suffix("").suffix if file.suffix == ".gz" else file.suffix
-    if suffix not in FORMATS:
-        raise ValueError(f"{path} is of no known format: the name must end in {', '.join(FORMATS)}, also with .gz.")
+    if suffix not in formats:
+        raise ValueError(f"{path} is of no known format: the name must end in {', '.join(formats)}, also with .gz.")
     text = read_text(file)
-    rows = list(_csv_rows(file, text, suffix) if suffix in (".csv", ".tsv") else _json_rows(file, text))
+    if suffix == TEXT:
+        rows: list[dict[str, Any]] = [{"text": line.rstrip("\r")} for line in text.split("\n") if line.strip()]
+    else:
+        rows = list(_csv_rows(file, text, suffix) if suffix in (".csv", ".tsv") else _json_rows(file, text))
     if not rows:
         raise ValueError(f"{path} is empty: it holds no example. Check that it was written completely.")
     names = dict.fromkeys(name for row in rows for name in row)

@@ -4,13 +4,17 @@
 The folder it writes is what `--model_name_or_path` of the other scripts takes:
 
     python scripts/init_model.py --train_files train.jsonl.gz --text_columns sentence --output_dir outputs/tiny
+    python scripts/init_model.py --architecture decoder --train_files train.txt --output_dir outputs/tiny-lm
     python scripts/init_model.py --architecture encoder-decoder --train_files train.jsonl.gz \
         --text_columns translation.en translation.de --output_dir outputs/tiny-translation
+    python scripts/init_model.py --architecture vision --image_size 32 --patch_size 4 --output_dir outputs/tiny-vit
 
 encoder: BERT (post-norm, learned positions).
+decoder: GPT-2 (pre-norm, learned positions, embeddings tied to the head).
 encoder-decoder: Pegasus (pre-norm, sinusoidal positions, embeddings tied, one vocabulary for both sides). Pre-norm,
 because it learns faster in few steps from scratch than post-norm (Marian, BART).
-Both get a byte-pair encoding that keeps case and spells characters it has never seen in bytes.
+vision: ViT (pre-norm, learned positions), for images; no tokenizer, but an image processor.
+The others get a byte-pair encoding that keeps case and spells characters it has never seen in bytes.
 Weights are drawn with standard deviation hidden_size ** -0.5 (Glorot's for a square matrix): BERT's fixed 0.02 is that
 of a wide model, and leaves a narrow one close to zero.
 """
@@ -25,13 +29,14 @@ from typing import Any, Literal
 import torch
 from common import cli, parse_arguments
 from data_files import read_table, read_text
+from init_vision import build_vision, check_vision
+from model_configs import decoder_config, encoder_config, encoder_decoder_config
 from train_tokenizer import train_tokenizer
 from transformers import (
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
-    BertConfig,
     GenerationConfig,
-    PegasusConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -41,10 +46,13 @@ from transformers import (
 class InitModelArguments:
     """What to train the tokenizer on, and the size of the model."""
 
-    train_files: list[str] = field(
-        metadata={"help": "Files with text: .txt (one text a line), .csv, .tsv, .json or .jsonl, also .gz."}
-    )
     output_dir: str = field(metadata={"help": "Folder to write; must be new or empty unless --overwrite is given."})
+    train_files: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Files with text: .txt (one text a line), .csv, .tsv, .json or .jsonl, also .gz. For vision none."
+        },
+    )
     text_columns: list[str] | None = field(
         default=None,
         metadata={
@@ -52,9 +60,12 @@ class InitModelArguments:
             "(translation.en); a column of word lists (tokens) is joined by blanks."
         },
     )
-    architecture: Literal["encoder", "encoder-decoder"] = field(
+    architecture: Literal["encoder", "decoder", "encoder-decoder", "vision"] = field(
         default="encoder",
-        metadata={"help": "encoder for classification and tagging, encoder-decoder for translation."},
+        metadata={
+            "help": "encoder for classification, tagging and masked language modelling, decoder for causal language "
+            "modelling, encoder-decoder for translation and summarisation, vision for images."
+        },
     )
     vocab_size: int = field(
         default=8000, metadata={"help": "Largest size of the vocabulary, special tokens and 256 bytes included."}
@@ -66,10 +77,13 @@ class InitModelArguments:
         default=None, metadata={"help": "Width of the feed-forward layers; 4 x hidden_size when not given."}
     )
     max_length: int = field(default=128, metadata={"help": "Longest input in tokens; longer ones get truncated."})
+    image_size: int = field(default=224, metadata={"help": "vision: width and height that images are scaled to."})
+    patch_size: int = field(default=16, metadata={"help": "vision: width and height of the patches of an image."})
+    num_channels: int = field(default=3, metadata={"help": "vision: 1 for grey, 3 for RGB, 4 for RGBA."})
     dropout: float | None = field(
         default=None,
         metadata={
-            "help": "Dropout rate, from 0 up to below 1: 0.1 for the encoder, 0.3 for the encoder-decoder when not "
+            "help": "Dropout rate, from 0 up to below 1: 0.3 for the encoder-decoder and 0.1 for the others when not "
             "given. The encoder-decoder has none on attention weights, as is usual for small translation models."
         },
     )
@@ -79,7 +93,8 @@ class InitModelArguments:
 
 def check_arguments(args: InitModelArguments) -> None:
     """Raise `ValueError` for sizes that make no model, and for an output folder that is in use."""
-    for name in ("hidden_size", "num_layers", "num_heads", "intermediate_size", "max_length", "vocab_size"):
+    sizes = ("hidden_size", "num_layers", "num_heads", "intermediate_size", "max_length", "vocab_size")
+    for name in (*sizes, "image_size", "patch_size"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}.")
@@ -89,6 +104,10 @@ def check_arguments(args: InitModelArguments) -> None:
         raise ValueError(f"--hidden_size {args.hidden_size} is not a multiple of --num_heads {args.num_heads}.")
     if args.dropout is not None and not 0 <= args.dropout < 1:
         raise ValueError(f"--dropout must be from 0 up to below 1, got {args.dropout}.")
+    if args.architecture == "vision":
+        check_vision(args)
+    elif not args.train_files:
+        raise ValueError(f"--architecture {args.architecture} needs text for its tokenizer: give --train_files.")
     output = Path(args.output_dir)
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output_dir {output} is a file; choose another name.")
@@ -147,8 +166,10 @@ def build_model(tokenizer: PreTrainedTokenizerFast, args: InitModelArguments) ->
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.seed)
         if args.architecture == "encoder":
-            return AutoModel.from_config(_encoder_config(tokenizer, args))
-        model = AutoModelForSeq2SeqLM.from_config(_encoder_decoder_config(tokenizer, args))
+            return AutoModel.from_config(encoder_config(tokenizer, args))
+        if args.architecture == "decoder":
+            return AutoModelForCausalLM.from_config(decoder_config(tokenizer, args))
+        model = AutoModelForSeq2SeqLM.from_config(encoder_decoder_config(tokenizer, args))
     model.generation_config = GenerationConfig(
         max_length=args.max_length,
         bos_token_id=tokenizer.bos_token_id,
@@ -160,75 +181,36 @@ def build_model(tokenizer: PreTrainedTokenizerFast, args: InitModelArguments) ->
     return model
 
 
-def _encoder_config(tokenizer: PreTrainedTokenizerFast, args: InitModelArguments) -> BertConfig:
-    dropout = 0.1 if args.dropout is None else args.dropout
-    return BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=args.hidden_size,
-        num_hidden_layers=args.num_layers,
-        num_attention_heads=args.num_heads,
-        intermediate_size=args.intermediate_size or 4 * args.hidden_size,
-        max_position_embeddings=args.max_length,
-        hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=dropout,
-        initializer_range=args.hidden_size**-0.5,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-
-
-def _encoder_decoder_config(tokenizer: PreTrainedTokenizerFast, args: InitModelArguments) -> PegasusConfig:
-    width = args.intermediate_size or 4 * args.hidden_size
-    return PegasusConfig(
-        vocab_size=len(tokenizer),
-        d_model=args.hidden_size,
-        encoder_layers=args.num_layers,
-        decoder_layers=args.num_layers,
-        encoder_attention_heads=args.num_heads,
-        decoder_attention_heads=args.num_heads,
-        encoder_ffn_dim=width,
-        decoder_ffn_dim=width,
-        activation_function="relu",
-        max_position_embeddings=args.max_length,
-        dropout=0.3 if args.dropout is None else args.dropout,
-        attention_dropout=0.0,
-        activation_dropout=0.0,
-        init_std=args.hidden_size**-0.5,
-        scale_embedding=True,
-        bos_token_id=tokenizer.bos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        decoder_start_token_id=tokenizer.bos_token_id,
-        forced_eos_token_id=tokenizer.eos_token_id,
-    )
+def build_text(args: InitModelArguments) -> tuple[PreTrainedTokenizerFast, PreTrainedModel]:
+    """The tokenizer, trained on the files, and the model."""
+    texts = [text for path in args.train_files for text in read_texts(path, args.text_columns)]
+    if not texts:
+        raise ValueError(f"{', '.join(args.train_files)}: no text to train a tokenizer on, only empty values.")
+    tokenizer = train_tokenizer(texts, args.architecture, args.vocab_size, args.max_length)
+    print(f"Vocabulary of {len(tokenizer)} from {len(texts)} texts.")
+    return tokenizer, build_model(tokenizer, args)
 
 
 def init_model(args: InitModelArguments) -> Path:
-    """Train the tokenizer, draw the weights, write both, and return the folder.
+    """Train the tokenizer (for images: set up their processor), draw the weights, write both, and return the folder.
 
     Raises:
         ValueError: An argument or a file is wrong; nothing on disk has been changed then.
     """
     check_arguments(args)
-    texts = [text for path in args.train_files for text in read_texts(path, args.text_columns)]
-    if not texts:
-        raise ValueError(f"{', '.join(args.train_files)}: no text to train a tokenizer on, only empty values.")
-    tokenizer = train_tokenizer(texts, args.architecture, args.vocab_size, args.max_length)
-    model = build_model(tokenizer, args)
+    processor, model = build_vision(args) if args.architecture == "vision" else build_text(args)
 
     output = Path(args.output_dir)
     output.parent.mkdir(parents=True, exist_ok=True)
     # Written beside and renamed: a folder with this name is always a whole model.
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as temporary:
         folder = Path(temporary, output.name)
-        tokenizer.save_pretrained(folder)
+        processor.save_pretrained(folder)
         model.save_pretrained(folder)
         if output.exists():
             shutil.rmtree(output)
         folder.rename(output)
-    print(
-        f"{output}: {type(model).__name__}, {model.num_parameters():,} parameters, vocabulary of {len(tokenizer)} "
-        f"from {len(texts)} texts"
-    )
+    print(f"{output}: {type(model).__name__}, {model.num_parameters():,} parameters")
     return output
 
 

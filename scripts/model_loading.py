@@ -54,14 +54,14 @@ def load_config(model_args: ModelArguments, **changes: Any) -> PreTrainedConfig:
     """The model's configuration, with `changes` made to it."""
     name = model_args.config_name or model_args.model_name_or_path
     argument = "config_name" if model_args.config_name else "model_name_or_path"
-    return _load(AutoConfig, name, argument, model_args, **changes)
+    return load_part(AutoConfig, name, argument, model_args, **changes)
 
 
 def load_tokenizer(model_args: ModelArguments, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
     """The model's tokenizer, which must be able to pad."""
     name = model_args.tokenizer_name or model_args.model_name_or_path
     argument = "tokenizer_name" if model_args.tokenizer_name else "model_name_or_path"
-    tokenizer = _load(AutoTokenizer, name, argument, model_args, config=config)
+    tokenizer = load_part(AutoTokenizer, name, argument, model_args, config=config)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError(
@@ -92,16 +92,16 @@ def load_model(
     head: str,
     model_args: ModelArguments,
     config: PreTrainedConfig,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> PreTrainedModel:
-    """The model with the head of `auto_class`, and an embedding for each of the tokenizer's tokens.
+    """The model with the head of `auto_class`, and an embedding for each of the tokenizer's tokens if it has one.
 
     Raises:
         ValueError: the model cannot be loaded, has no such head, or has one for other labels.
     """
     name = model_args.model_name_or_path
     try:
-        model = _load(
+        model = load_part(
             auto_class,
             name,
             "model_name_or_path",
@@ -122,8 +122,7 @@ def load_model(
                 "trained for others. Give --ignore_mismatched_sizes to start a new head."
             ) from error
         raise
-    rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
+    if tokenizer is not None and len(tokenizer) > (rows := model.get_input_embeddings().weight.shape[0]):
         logger.warning("The tokenizer has %d tokens, the model %d: adding new embeddings.", len(tokenizer), rows)
         model.resize_token_embeddings(len(tokenizer))
     return model
@@ -167,7 +166,8 @@ def hub_name(model_args: ModelArguments) -> str | None:
     return None if Path(name).expanduser().exists() else name
 
 
-def _load(auto_class: Any, name: str, argument: str, model_args: ModelArguments, **options: Any) -> Any:
+def load_part(auto_class: Any, name: str, argument: str, model_args: ModelArguments, **options: Any) -> Any:
+    """`auto_class.from_pretrained(name, ...)`, with errors that name the argument the name was given by."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():

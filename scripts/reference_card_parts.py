@@ -17,6 +17,7 @@ from comparison.tables import (
     number_cell,
     p_cell,
     plain,
+    scored_name,
     secondary_tables,
     seed_table,
     short_name,
@@ -25,16 +26,23 @@ from comparison.tables import (
 )
 from huggingface_hub import ModelCardData
 
-from hf_rdrop import __version__
+from hf_rdrop import RDropArguments, __version__
 from hf_rdrop.card_data import HUB_METRICS, TAG
 from hf_rdrop.card_evidence import comparison_part
 from hf_rdrop.card_facts import HeadFacts
 from hf_rdrop.card_logs import curves_part
+from hf_rdrop.card_objective import objective_facts
 from hf_rdrop.card_text import code, inline, link, public
 from hf_rdrop.loss_log import INERT_SHARE
 
-KINDS = {"run_glue.py": "sequence", "run_ner.py": "token", "run_translation.py": "seq2seq"}
-DATA = ("task_name", "dataset_name", "train_file", "validation_file")
+KINDS = {
+    "run_clm.py": "causal",
+    "run_glue.py": "sequence",
+    "run_ner.py": "token",
+    "run_translation.py": "seq2seq",
+    "run_image_classification.py": "image",
+}
+DATA = ("task_name", "dataset_name", "train_file", "validation_file", "train_dir", "validation_dir", "digits")
 ROWS = (("train", "training"), ("eval", "evaluation"))
 LOGGED = ("epoch", "loss", "ce_loss", "kl_loss")
 
@@ -84,7 +92,8 @@ class Task:
             problem = "regression"
         elif "eval_subset_accuracy" in metrics:
             problem = "multi_label_classification"
-        return HeadFacts(KINDS.get(self.script), None, None, problem)
+        kind = "masked" if "--mlm" in self.runs[0]["arguments"] else KINDS.get(self.script)
+        return HeadFacts(kind, None, None, problem, self.options.get("rdrop_agreement", "symmetric_kl"))
 
 
 def options_of(arguments: Sequence[str]) -> dict[str, str]:
@@ -159,7 +168,7 @@ def _summary(task: Task, note: str | None) -> str:
 
 def in_words(row: Row, base: Row | None) -> str:
     """What the figures of an arm say: gain, cost and calibration beside the baseline."""
-    arm, metric = code(row.arm), inline(short_name(row.metric))
+    arm, metric = code(row.arm), inline(scored_name(row.metric))
     if base is None or row.gain is None:
         return f"{arm}: {metric} {spread(row)}; no run of the baseline has the same seed."
     words = [f"{arm}: {metric} {spread(row)} beside {spread(base)} of the baseline, {gain(row.gain)}."]
@@ -217,17 +226,25 @@ def _limitations(task: Task) -> list[str]:
 def _rdrop_part(task: Task, history: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     if task.rdrop is None:
         return None
-    options, alpha = task.options, float(task.options.get("rdrop_alpha", 1))
+    options, alpha, head = task.options, float(task.options.get("rdrop_alpha", 1)), task.head
+
+    def argument(name: str) -> Any:
+        default, text = getattr(RDropArguments, f"rdrop_{name}"), options.get(f"rdrop_{name}")
+        if text is None or isinstance(default, str):
+            return default if text is None else text
+        return text.lower() not in ("false", "0", "no") if isinstance(default, bool) else float(text)
+
     last = history[-1] if history else {}
     dropout, shared = options.get("rdrop_dropout"), float(options.get("rdrop_shared_layers", 0))
     return {
+        **objective_facts(argument, head.problem == "regression"),
         "alpha": f"{alpha:g}",
         "half": f"{alpha / 2:g}",
         "passes": int(options.get("rdrop_passes", 2)),
         "interval": int(options.get("rdrop_interval", 1)),
         "trunk": {"shared": f"{shared:g}" if shared >= 1 else f"{shared:.0%}", "layers": None} if shared else None,
         "fused_head": False,
-        "head": task.head,
+        "head": head,
         "dropout": f"{dropout}, set everywhere" if dropout else None,
         "smoothing": options.get("label_smoothing_factor"),
         "trained": True,
@@ -253,7 +270,7 @@ def _mean_history(task: Task) -> list[dict[str, Any]]:
 def _settings(task: Task) -> str:
     """Model, data and rows; the chosen settings, and the trials that they were chosen from."""
     options, metrics = task.options, task.run(task.rdrop or next(iter(task.rows)))["metrics"]
-    data = [code(options[name]) for name in DATA if name in options]
+    data = [code(options[name] or f"--{name}") for name in DATA if name in options]
     counts = [f"{metrics[f'{name}_samples']:,} for {what}" for name, what in ROWS if f"{name}_samples" in metrics]
     model = options.get("model_name_or_path", "")
     lines = [f"- Model: {code(model) if model.startswith('$') else link(model)}"] if model else []

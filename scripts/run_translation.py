@@ -9,7 +9,8 @@
         --rdrop_alpha 0.7 --predict_with_generate --do_train --do_eval --output_dir outputs/summaries
 
 Rows hold `translation`: {"en": "...", "de": "..."}, or a column for each side. Metrics are sacreBLEU and chrF against
-the plain reference texts (for summaries too: ROUGE's implementations fetch data from the network).
+the plain reference texts, for summaries ROUGE too (F1 in points, words by their stems; for rougeLsum sentences end at
+line breaks and after . ! or ?).
 --rdrop_alpha 0 trains the baseline: the same trainer, data order and arguments, without the second pass.
 """
 
@@ -22,7 +23,7 @@ from data_files import load_splits
 from model_loading import ModelArguments, fit_length, hub_name, load_config, load_model, load_tokenizer, set_languages
 from script_trainer import ScriptMixin, padding_multiple
 from transformers import AutoModelForSeq2SeqLM, Trainer
-from translation_data import PairCollator, TranslationArguments, bleu_against, decode, read_pairs, tokenize
+from translation_data import PairCollator, TranslationArguments, decode, read_pairs, score_against, tokenize
 
 from hf_rdrop import RDropSeq2SeqTrainer, RDropSeq2SeqTrainingArguments
 
@@ -75,7 +76,7 @@ def main(
     with training_args.main_process_first(desc="tokenization"):
         data = {name: tokenize(split, name, tokenizer, data_args) for name, split in pairs.items()}
     scorers = {
-        name: bleu_against(list(split["target"]), tokenizer, data_args.target_lang)
+        name: score_against(list(split["target"]), tokenizer, data_args)
         for name, split in pairs.items()
         if "target" in split.column_names and training_args.predict_with_generate
     }

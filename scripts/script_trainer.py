@@ -49,12 +49,16 @@ class ScriptMixin:
             check_evidence(args, **card)
             super().__init__(args=args, **kwargs)
             if args.do_train:
-                check_training_setup(self)
+                self.check_setup()
             if consistency_samples:
                 self._check_consistency()
         except Exception:
             self._leave_nothing_behind(args)
             raise
+
+    def check_setup(self) -> None:
+        """Refuse a training that cannot work."""
+        check_training_setup(self)
 
     def _check_consistency(self) -> None:
         if not self.args.do_eval:
@@ -65,7 +69,8 @@ class ScriptMixin:
                 "of the validation data only. Leave it out, and measure the saved model in one process: with "
                 "--do_eval alone, or with consistency.py."
             )
-        check_measurable(self.model, self.consistency_samples)
+        with self.sub_models():
+            check_measurable(self.model, self.consistency_samples)
 
     def _leave_nothing_behind(self, args: TrainingArguments) -> None:
         folder = Path(args.output_dir)
@@ -144,7 +149,7 @@ class ScriptMixin:
         """
         if not self.consistency_samples:
             return {}
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), self.sub_models():
             found = measure_consistency(
                 self.model,
                 self.get_eval_dataloader(dataset),

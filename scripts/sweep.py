@@ -31,7 +31,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import run_clm
 import run_glue
+import run_image_classification
 import run_ner
 import run_translation
 from common import LOWER_IS_BETTER, cli
@@ -43,7 +45,13 @@ from transformers import PrinterCallback, ProgressCallback, Trainer
 
 from hf_rdrop.loss import check_alpha
 
-SCRIPTS = {"run_glue.py": run_glue, "run_ner.py": run_ner, "run_translation.py": run_translation}
+SCRIPTS = {
+    "run_clm.py": run_clm,
+    "run_glue.py": run_glue,
+    "run_ner.py": run_ner,
+    "run_translation.py": run_translation,
+    "run_image_classification.py": run_image_classification,
+}
 # The paper's alphas lie between 0.1 (GLUE) and 5 (translation), the usual dropout rate is 0.1, and the learning rates
 # are those of fine-tuning (training from scratch wants higher ones).
 RANGES = {"rdrop_alpha": (0.1, 5.0), "rdrop_dropout": (0.05, 0.3), "learning_rate": (1e-5, 1e-4)}
@@ -141,7 +149,7 @@ def final_command(args: argparse.Namespace, parameters: dict[str, float]) -> str
     """The command that trains with these parameters on all training rows, and evaluates on the validation data."""
     given, values = names_of(args.arguments), {name: getattr(args, name)[0] for name in RANGES} | parameters
     line = ["python", os.path.relpath(Path(__file__).with_name(args.script)), *args.arguments, "--do_train"]
-    if "train_file" not in given or "validation_file" in given:
+    if not given & {"train_file", "train_dir"} or given & {"validation_file", "validation_dir"}:
         line.append("--do_eval")
     for name in RANGES:
         line += [f"--{name}", f"{values[name]:g}"]

@@ -10,10 +10,12 @@ BYTES = [f"<0x{value:02X}>" for value in range(256)]
 # Special tokens by architecture (ids in this order), and where they go around one text and around two.
 SPECIAL_TOKENS = {
     "encoder": {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"},
+    "decoder": {"bos": "<|endoftext|>", "pad": "<pad>", "eos": "<|endoftext|>", "unk": "<unk>"},
     "encoder-decoder": {"bos": "<s>", "pad": "<pad>", "eos": "</s>", "unk": "<unk>"},
 }
 TEMPLATES = {
     "encoder": ("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1"),
+    "decoder": ("$A", "$A $B"),  # run_clm.py puts the end after each text, so that it is also where the next begins
     "encoder-decoder": ("$A </s>", "$A $B </s>"),
 }
 
@@ -21,7 +23,7 @@ TEMPLATES = {
 def train_tokenizer(
     texts: Sequence[str], architecture: str, vocab_size: int, max_length: int
 ) -> PreTrainedTokenizerFast:
-    """Train a tokenizer for an `"encoder"` or an `"encoder-decoder"`.
+    """Train a tokenizer for an `"encoder"`, a `"decoder"` or an `"encoder-decoder"`.
 
     Text is put into Unicode form NFC with single blanks, and split at blanks and around punctuation; nothing else is
     changed, so that decoding gives the text back. The same texts give the same vocabulary, in the same order. (This
@@ -31,7 +33,7 @@ def train_tokenizer(
         ValueError: `vocab_size` does not even hold the characters of the texts.
     """
     specials = SPECIAL_TOKENS[architecture]
-    tokenizer = _train_bpe(texts, list(specials.values()), specials["unk"], vocab_size)
+    tokenizer = _train_bpe(texts, list(dict.fromkeys(specials.values())), specials["unk"], vocab_size)
     if tokenizer.get_vocab_size() > vocab_size:
         raise ValueError(
             f"--vocab_size {vocab_size} is too small: special tokens, {len(BYTES)} bytes and the characters of this "

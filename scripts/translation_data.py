@@ -1,6 +1,7 @@
 """The data of run_translation.py: pairs of texts, their tokens, and scores of generated texts."""
 
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,7 @@ from data_files import DataArguments, require_columns
 from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq, EvalPrediction
 
-from hf_rdrop.metrics import SacreBleu
+from hf_rdrop.metrics import Rouge, SacreBleu
 
 logger = logging.getLogger(__name__)
 
@@ -150,20 +151,39 @@ class PairCollator(DataCollatorForSeq2Seq):
 # ---- Metrics ----
 
 
-def decode(predictions: np.ndarray, tokenizer: Any) -> list[str]:
-    """Generated token ids, padded with -100, as texts of one line each."""
+def decode(predictions: np.ndarray, tokenizer: Any, keep_lines: bool = False) -> list[str]:
+    """Generated token ids, padded with -100, as texts, of one line each unless `keep_lines`."""
     ids = np.where(predictions < 0, tokenizer.pad_token_id, predictions)
-    return [" ".join(text.split()) for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    return texts if keep_lines else [" ".join(text.split()) for text in texts]
 
 
-def bleu_against(references: list[str], tokenizer: Any, language: str | None) -> Callable[[EvalPrediction], dict]:
-    """`compute_metrics` for these reference texts: the texts as they are, not what the tokenizer makes of them."""
-    options = {"tokenize": BLEU_TOKENIZERS.get((language or "").split("_")[0].split("-")[0])}
+def sentence_lines(text: str) -> str:
+    """The text with each sentence on a line of its own: cut at line breaks, and at blanks after . ! or ?"""
+    return "\n".join(line for line in re.split(r"\s*\n\s*|(?<=[.!?])\s+", text.strip()) if line)
+
+
+def score_against(references: list[str], tokenizer: Any, data_args: TranslationArguments) -> Callable[..., dict]:
+    """`compute_metrics` for these reference texts: the texts as they are, not what the tokenizer makes of them.
+
+    BLEU and chrF, for summaries also ROUGE F1 with stems, all from 0 to 100.
+    """
+    language = (data_args.target_lang or "").split("_")[0].split("-")[0]
+    options = {"tokenize": BLEU_TOKENIZERS.get(language)}
+    summaries = data_args.summary_column is not None
+    if summaries and not any(re.search("[a-z0-9]", text.lower()) for text in references):
+        logger.warning("ROUGE counts words of the letters a to z, and the summaries have none: see BLEU and chrF.")
 
     def compute(p: EvalPrediction) -> dict[str, float]:
         predictions = p.predictions[0] if isinstance(p.predictions, tuple) else p.predictions
         lengths = ((predictions >= 0) & (predictions != tokenizer.pad_token_id)).sum(axis=1)
         scores = SacreBleu().compute(predictions=decode(predictions, tokenizer), references=references, **options)
-        return {"bleu": scores["score"], "chrf": scores["chrf"], "gen_len": float(lengths.mean())}
+        found = {"bleu": scores["score"], "chrf": scores["chrf"], "gen_len": float(lengths.mean())}
+        if summaries:
+            texts = map(sentence_lines, decode(predictions, tokenizer, keep_lines=True))
+            expected = map(sentence_lines, references)
+            rouge = Rouge().compute(predictions=list(texts), references=list(expected), use_stemmer=True)
+            found |= {name: 100 * value for name, value in rouge.items()}
+        return found
 
     return compute

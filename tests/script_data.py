@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, MarianConfig, MarianMTModel, PreTrainedTokenizerFast, set_seed
+from transformers import (
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MarianConfig,
+    MarianMTModel,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
 
 GOOD, BAD = ["good", "great", "fine", "lovely"], ["bad", "poor", "awful", "dull"]
 NAMES, PLACES = ["anna", "bob", "carla"], ["paris", "rome", "oslo"]
@@ -62,6 +71,18 @@ def make_encoder(folder: Path, dropout: float = 0.1) -> str:
         pad_token_id=0,
     )
     BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def make_decoder(folder: Path, dropout: float = 0.1, **options: Any) -> str:
+    """A GPT-2 of two layers, 16 wide; its tokenizer ends every text with [SEP], the end-of-sequence token."""
+    tokenizer = make_tokenizer(pair_template=False)
+    set_seed(1)
+    rates = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout)
+    sizes = {"vocab_size": len(tokenizer), "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 48}
+    ids = {"bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
+    GPT2LMHeadModel(GPT2Config(**rates, **{**sizes, **options}, **ids, initializer_range=0.2)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 

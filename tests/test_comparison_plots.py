@@ -58,6 +58,25 @@ def test_the_legend_of_many_arms_is_inside_the_picture(tmp_path, monkeypatch):
     plt.close(figures[0])
 
 
+def test_the_best_alpha_of_a_loss_is_the_one_with_the_lowest(monkeypatch):
+    figures = []
+    monkeypatch.setattr("comparison.curves.save", lambda figure, path: figures.append(figure))
+    for metric in ("eval_bleu", "eval_perplexity"):
+        assert plot_alphas(make_choices(), {"ner": metric}, None) is None
+    stars = [
+        tuple(map(float, (line.get_xdata()[0], line.get_ydata()[0])))
+        for figure in figures
+        for line in figure.axes[0].lines
+        if line.get_marker() == "*"
+    ]
+    # 0.5 + alpha / 10 - dropout, for alpha 0.5, 1, 2 and dropout 0.1, 0.2
+    assert stars == [pytest.approx((2, 0.6)), pytest.approx((0, 0.35))]
+    titles = [figure.axes[0].get_title() for figure in figures]
+    assert titles == ["ner, bleu", "ner, perplexity, lower is better"]
+    for figure in figures:
+        plt.close(figure)
+
+
 def test_pareto_front():
     pairs = [(1.0, 0.0), (1.9, 1.0), (1.5, 1.2), (1.2, 0.4), (1.2, 0.6), (1.1, -0.5), (2.0, 1.2)]
     front = pareto_front(pairs)

@@ -47,6 +47,27 @@ def test_summary_has_all_arms_tasks_and_the_average(text):
     assert "Mean by seed over ner, mt." in text
 
 
+def test_a_loss_is_said_to_be_one():
+    runs = [
+        {"task": "lm", "arm": arm, "seed": seed, "metrics": {"eval_perplexity": value + seed}}
+        for arm, value in (("baseline", 30.0), ("rdrop", 28.5))
+        for seed in range(3)
+    ]
+    report = make_report([*make_runs(), *runs], {**METRICS, "lm": "eval_perplexity"}, ARMS)
+    text = markdown(report, {}, {}, {})
+    assert "| lm (perplexity, lower is better) |" in text and "| perplexity, lower is better |" in text
+    row = cells(text, "lm", "rdrop")  # better by 1.5 with each seed, but seeds differ more: 7 of 9 pairs, one tied
+    assert row[2:4] == ["29.50 ± 1.00", "+1.50"] and row[6] == f"{8 / 9:.0%}"
+    assert cells(text, "Best, worst and spread over seeds", "rdrop", "lm")[3:5] == ["28.50", "30.50"]
+    assert "Left out, because an arm lacks a seed, or lower is better: lm." in text
+    assert "Where lower is better, a gain is how much lower an arm is" in text
+    only_scores = markdown(make_report(make_runs(), METRICS, ARMS), {}, {}, {})
+    assert "ower is better" not in only_scores
+    console = Console(width=80, file=io.StringIO())
+    console.print(terminal_table(report))
+    assert "perplexity, lower is better" in console.file.getvalue()
+
+
 def test_controls_costs_and_the_best_seed(text):
     row = cells(text, "Against the controls", "rdrop", "ner")
     assert row == ["ner", "rdrop", "+3.00", "baseline-2x", "+3.00", "–", "–"]  # 3 points in each seed: no interval

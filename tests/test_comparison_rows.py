@@ -4,7 +4,7 @@ import math
 
 import pytest
 from comparison.cost import MIN_EXTRA_COST, Cost, gain_per_cost
-from comparison.rows import AVERAGE, make_report, trial_scores
+from comparison.rows import AVERAGE, make_report, points, trial_scores
 from comparison_data import ARMS, METRICS, make_run, make_runs
 
 
@@ -35,6 +35,48 @@ def test_each_control_has_a_correction_of_its_own():
         p_values = sorted(one.p_value for one in found if one.p_value is not None)
         smallest = min((one for one in found if one.p_value is not None), key=lambda one: one.p_value)
         assert smallest.holm == pytest.approx(min(1, len(p_values) * p_values[0]))
+
+
+def as_loss(runs):
+    """Task mt with a perplexity in place of BLEU that is as good: 100 minus BLEU."""
+    of_mt = [run for run in runs if run["task"] == "mt"]
+    return [
+        dict(run, metrics={**run["metrics"], "eval_perplexity": 100 - run["metrics"]["eval_bleu"]}) for run in of_mt
+    ]
+
+
+def test_a_loss_is_judged_as_the_score_that_is_as_good():
+    scores = make_report(make_runs(), METRICS, ARMS).of_task("mt")
+    losses = make_report(as_loss(make_runs()), {"mt": "eval_perplexity"}, ARMS).of_task("mt")
+    assert losses["rdrop"].gain.mean < 0 < losses["baseline-2x"].gain.mean and losses["rdrop"].lower_is_better
+    for arm, score in scores.items():
+        loss = losses[arm]
+        assert loss.scores == pytest.approx({seed: 100 - value for seed, value in score.scores.items()})
+        assert (loss.best, loss.worst) == pytest.approx((100 - score.best, 100 - score.worst))
+        assert (loss.best_control, loss.share_kept) == (score.best_control, score.share_kept)
+        assert (loss.spread_ratio, loss.spread_p) == pytest.approx((score.spread_ratio, score.spread_p))
+        assert loss.differences.keys() == score.differences.keys() and not score.lower_is_better
+        for other, expected in score.differences.items():
+            found = loss.differences[other]
+            assert found.values == pytest.approx(expected.values) and found.probability == expected.probability
+            assert (found.p_value, found.holm) == pytest.approx((expected.p_value, expected.holm))
+            assert (found.interval is None) == (expected.interval is None)
+            assert found.interval is None or found.interval == pytest.approx(expected.interval)
+
+
+def test_losses_are_in_no_average():
+    runs = [dict(run, task=task) for task in ("a", "b", "c") for run in as_loss(make_runs())]
+    report = make_report(runs, {"a": "eval_bleu", "b": "eval_bleu", "c": "eval_perplexity"}, ARMS)
+    assert report.averaged == ["a", "b"] and report.not_averaged == ["c"]
+
+
+@pytest.mark.parametrize(
+    ("metric", "scale"),
+    [("eval_accuracy", 100), ("eval_bleu", 1), ("eval_rouge2", 1), ("eval_rougeLsum", 1), ("eval_perplexity", 1),
+     ("eval_nll", 1), ("eval_ece", 100)],
+)  # fmt: skip
+def test_only_shares_become_per_cent(metric, scale):
+    assert points(metric) == scale
 
 
 def test_a_missing_seed_is_left_out_of_pairs_only():

@@ -14,12 +14,17 @@ import torch
 pytest.importorskip("datasets", reason="the scripts need the scripts extra")
 
 import init_model
+import numpy as np
+from PIL import Image
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
     DataCollatorForSeq2Seq,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
 )
 
 SCRIPT = Path(init_model.__file__)
@@ -70,6 +75,13 @@ def encoder(files, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def decoder(files, tmp_path_factory):
+    output = tmp_path_factory.mktemp("models") / "decoder"
+    arguments = ["--train_files", str(files / "plain.txt"), "--output_dir", str(output), "--vocab_size", "400"]
+    return init_model.main([*arguments, "--architecture", "decoder", *SMALL])
+
+
+@pytest.fixture(scope="module")
 def translator(files, tmp_path_factory):
     output = tmp_path_factory.mktemp("models") / "deep" / "translator"
     arguments = ["--train_files", str(files / "pairs.jsonl.gz"), "--output_dir", str(output), "--vocab_size", "500"]
@@ -102,6 +114,25 @@ def test_encoder_for_classification(encoder):
     assert model.config.pad_token_id == tokenizer.pad_token_id
 
 
+def test_decoder(decoder):
+    tokenizer = AutoTokenizer.from_pretrained(decoder)
+    model = AutoModelForCausalLM.from_pretrained(decoder).eval()
+    config = model.config
+    assert config.model_type == "gpt2" and config.vocab_size == len(tokenizer) and config.n_positions == 32
+    assert config.resid_pdrop == config.embd_pdrop == config.attn_pdrop == 0.1
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    # One token ends a text and begins the next; it is not the padding, and is not put around what is to go on.
+    assert tokenizer.eos_token_id == tokenizer.bos_token_id == config.eos_token_id == config.bos_token_id
+    assert len({tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}) == 3
+    ids = tokenizer("the old dog", return_tensors="pt").input_ids
+    assert tokenizer.eos_token_id not in ids[0] and tokenizer.decode(ids[0]) == "the old dog"
+    with torch.no_grad():
+        logits, changed = model(ids).logits, model(torch.cat([ids[:, :-1], ids[:, :1]], 1)).logits
+    assert torch.equal(logits[:, :-1], changed[:, :-1])
+    # As good as chance before training: embeddings of std 1 / sqrt(width) give logits of about std 1.
+    assert 0.5 < logits.std() < 2
+
+
 def test_encoder_for_token_classification(encoder):
     tokenizer = AutoTokenizer.from_pretrained(encoder)
     model = AutoModelForTokenClassification.from_pretrained(encoder, num_labels=3)
@@ -112,6 +143,26 @@ def test_encoder_for_token_classification(encoder):
     assert ids[0] is None and ids[-1] is None
     assert sorted(set(ids[1:-1])) == [0, 1, 2, 3]
     assert model(**encoded).logits.shape[1] == len(ids)
+
+
+def test_vision(tmp_path):
+    sizes = ["--image_size", "12", "--patch_size", "4", "--num_channels", "1", *SMALL]
+    before = torch.get_rng_state()
+    first, same, other = (
+        init_model.main(["--architecture", "vision", "--output_dir", str(tmp_path / name), *sizes, "--seed", seed])
+        for name, seed in (("first", "3"), ("same", "3"), ("other", "4"))
+    )
+    assert torch.equal(torch.get_rng_state(), before)
+    assert {file.name for file in first.iterdir()} == {"config.json", "model.safetensors", "preprocessor_config.json"}
+    assert digests(first) == digests(same) and digests(first) != digests(other)
+    model, report = ViTForImageClassification.from_pretrained(first, num_labels=5, output_loading_info=True)
+    assert set(report["missing_keys"]) == {"classifier.weight", "classifier.bias"} and not report["unexpected_keys"]
+    assert model.config.hidden_dropout_prob == model.config.attention_probs_dropout_prob == 0.1
+    processor = ViTImageProcessorPil.from_pretrained(first)
+    image = Image.fromarray(np.arange(0, 250, 2, dtype=np.uint8).reshape(25, 5))
+    batch = processor([image, image.rotate(90)], return_tensors="pt")
+    assert batch["pixel_values"].shape == (2, 1, 12, 12) and -1 <= batch["pixel_values"].min() < 0
+    assert model.eval()(**batch).logits.shape == (2, 5)
 
 
 def test_truncation(encoder):
@@ -265,7 +316,12 @@ def test_a_failure_while_writing_leaves_nothing(files, tmp_path, monkeypatch):
         (["--train_files", "{files}/plain.txt", "--dropout", "nan"], "--dropout"),
         (["--train_files", "{files}/plain.txt", "--num_layers", "0"], "--num_layers must be at least 1"),
         (["--train_files", "{files}/plain.txt", "--max_length", "2"], "--max_length must be at least 4"),
-        (["--train_files", "{files}/plain.txt", "--architecture", "decoder"], "architecture"),
+        ([], "--architecture encoder needs text.*--train_files"),
+        (["--architecture", "vision", "--train_files", "{files}/plain.txt"], "vision has no tokenizer"),
+        (["--architecture", "vision", "--image_size", "30"], "--image_size 30 is not a multiple of --patch_size 16"),
+        (["--architecture", "vision", "--patch_size", "0"], "--patch_size must be at least 1"),
+        (["--architecture", "vision", "--num_channels", "2"], "--num_channels must be 1"),
+        (["--train_files", "{files}/plain.txt", "--architecture", "recurrent"], "architecture"),
     ],
 )
 def test_user_errors_come_before_anything_is_written(files, tmp_path, arguments, message):

@@ -129,6 +129,18 @@ def check_values(metric: str, name: str, values: Any) -> list[float]:
     return array.astype(np.float64).tolist()
 
 
+def check_texts(metric: str, predictions: Any, references: Any) -> tuple[list[str], list[list[str]]]:
+    """Return texts, and for each a list of reference texts, or raise `ValueError`."""
+    rows = [[row] if isinstance(row, str) or row is None else list(row) for row in references]
+    for index, (prediction, row) in enumerate(zip(predictions, rows, strict=True)):
+        if not row or not all(isinstance(text, str) for text in (prediction, *row)):
+            raise ValueError(
+                f"{metric}: row {index} needs a prediction string and at least one reference string, got "
+                f"{prediction!r:.60} and {row!r:.60}; decode token ids to text first."
+            )
+    return [str(text) for text in predictions], [[str(text) for text in row] for row in rows]
+
+
 def correlations(predictions: list[float], references: list[float]) -> dict[str, float]:
     """Pearson's and Spearman's correlation; 0 where they are undefined (a constant side, or a single example).
 

@@ -63,14 +63,7 @@ class SacreBleu(base.LocalMetric):
         )
 
     def check_inputs(self, predictions: Any, references: Any) -> tuple[list, list]:
-        rows = [[row] if isinstance(row, str) or row is None else list(row) for row in references]
-        for index, (prediction, row) in enumerate(zip(predictions, rows, strict=True)):
-            if not row or not all(isinstance(text, str) for text in (prediction, *row)):
-                raise ValueError(
-                    f"sacrebleu: row {index} needs a prediction string and at least one reference string, got "
-                    f"{prediction!r:.60} and {row!r:.60}; decode token ids to text first."
-                )
-        return [str(text) for text in predictions], [[str(text) for text in row] for row in rows]
+        return base.check_texts("sacrebleu", predictions, references)
 
     def _compute(
         self,

@@ -9,14 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from common import LOWER_IS_BETTER
 from data_files import closest
 
 from comparison.rows import RDROP
 from comparison.statistics import BASELINE
 from hf_rdrop.loss import check_alpha
 
-SCRIPTS = ("run_glue.py", "run_ner.py", "run_translation.py")
+SCRIPTS = ("run_clm.py", "run_glue.py", "run_ner.py", "run_translation.py", "run_image_classification.py")
 SET_BY_COMPARE = ("seed", "output_dir", "rdrop_alpha", "validation_from_train")
 # Below the rounding of fp32 (6e-8 of the loss), so the doubled batch is trained with cross-entropy alone, while the
 # agreement is still computed and logged.
@@ -138,8 +137,6 @@ def check_task(task: Task) -> Task:
     """
     if task.script not in SCRIPTS:
         raise ValueError(f"task {task.name}: script must be one of {', '.join(SCRIPTS)}; got {task.script!r}.")
-    if LOWER_IS_BETTER.search(task.metric or ""):
-        raise ValueError(f"--metric {task.metric} is better when lower: choose a score that is better when higher.")
     for name in SET_BY_COMPARE:
         if any(argument == f"--{name}" or argument.startswith(f"--{name}=") for argument in task.arguments):
             raise ValueError(f"--{name} is set for each run by compare.py: leave it out of the script's arguments.")

@@ -8,10 +8,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from comparison.rows import RDROP, points, trial_scores
+from comparison.rows import RDROP, direction, points, trial_scores
 from comparison.statistics import BASELINE
 from comparison.style import DPI, GREYS, fullest, panels, save, styles, tidy
-from comparison.tables import plain, short_name
+from comparison.tables import plain, scored_name
 
 Choices = Mapping[tuple[str, str], Mapping[str, Any]]
 
@@ -97,24 +97,24 @@ def plot_alphas(choices: Choices, tasks: Mapping[str, str], path: Path) -> bool:
     look = styles(list(dict.fromkeys([BASELINE, RDROP, *(arm for of_task in swept.values() for arm in of_task)])))
     figure, axes = panels(len(swept), fullest(2, 3, len(swept)), 3, 2.7)
     for axis, (task, of_task) in zip(axes, swept.items(), strict=True):
-        scale = points(tasks[task])
+        scale, better = points(tasks[task]), max if direction(tasks[task]) > 0 else min
         plain_scores = [score for _, score in trial_scores(choices.get((task, BASELINE), {}).get("trials", ()))]
         if plain_scores:
-            axis.axhline(scale * max(plain_scores), color=GREYS[BASELINE], linestyle="--", linewidth=1.2)
+            axis.axhline(scale * better(plain_scores), color=GREYS[BASELINE], linestyle="--", linewidth=1.2)
         alphas = sorted({settings["rdrop_alpha"] for scored in of_task.values() for settings, _ in scored})
         for arm, scored in of_task.items():
             colour, marker, line = look[arm]
             places = [alphas.index(settings["rdrop_alpha"]) for settings, _ in scored]
             values = [scale * score for _, score in scored]
             axis.scatter(places, values, s=14, color=colour, alpha=0.3, linewidth=0)
-            best = {place: max(v for p, v in zip(places, values, strict=True) if p == place) for place in places}
+            best = {place: better(v for p, v in zip(places, values, strict=True) if p == place) for place in places}
             axis.plot(sorted(best), [best[p] for p in sorted(best)], line, color=colour, marker=marker, markersize=4)
-            top = max(best, key=best.__getitem__)
+            top = better(best, key=best.__getitem__)
             axis.plot(top, best[top], "*", color=colour, markersize=13, markeredgecolor="white", zorder=4)
         axis.set_xticks(range(len(alphas)), [plain(alpha) for alpha in alphas])
         axis.set_xlim(-0.4, len(alphas) - 0.6)
         axis.set_xlabel("alpha", fontsize=9)
-        axis.set_title(f"{task}, {short_name(tasks[task])}", fontsize=9)
+        axis.set_title(f"{task}, {scored_name(tasks[task])}", fontsize=9)
         tidy(axis, "y")
     arms = list(dict.fromkeys(arm for of_task in swept.values() for arm in of_task))
     handles = [plt.Line2D([], [], color=look[a].colour, marker=look[a].marker, linestyle=look[a].line) for a in arms]

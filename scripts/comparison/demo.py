@@ -1,4 +1,4 @@
-"""The demo of compare.py: three made-up corpora, tiny models trained from scratch, and how long they are trained."""
+"""The demo of compare.py: made-up corpora and real digits, tiny models from scratch, and how long they are trained."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +20,10 @@ MODELS = {
         *("--text_columns", "translation.en", "translation.xx", "--architecture", "encoder-decoder"),
         *("--num_layers", "1", "--vocab_size", "600"),
     ],
+    "digits": [
+        *("--architecture", "vision", "--image_size", "8", "--patch_size", "2", "--num_channels", "1"),
+        *("--num_layers", "2"),
+    ],
 }
 TRAINING = {
     "classification": ["--learning_rate", "2e-3", "--num_train_epochs", "10"],
@@ -28,17 +32,22 @@ TRAINING = {
         *("--learning_rate", "5e-3", "--num_train_epochs", "40", "--label_smoothing_factor", "0.1"),
         *("--source_lang", "en", "--target_lang", "xx", "--predict_with_generate", "--val_max_target_length", "40"),
     ],
+    "digits": [
+        *("--digits", "--max_train_samples", "400", "--sample_seed", "0"),
+        *("--learning_rate", "2e-3", "--num_train_epochs", "25"),
+    ],
 }
 
 
 def demo_tasks(folder: Path, alpha: float | None) -> list[Task]:
-    """The three demo tasks. Alphas are the paper's: 1 for classification, 5 for translation."""
+    """The demo tasks. Alphas are the paper's: 1 for classification, 5 for translation, 0.6 for ViT."""
     common = ["--do_train", "--do_eval", "--use_cpu", "--report_to", "none", "--save_strategy", "no"]
     common += ["--per_device_train_batch_size", "32", "--per_device_eval_batch_size", "64", "--warmup_steps", "0.1"]
     common += ["--disable_tqdm", "True", "--logging_steps", "10"]
 
     def task(name: str, script: str, metric: str, paper_alpha: float) -> Task:
-        data = [f"--{split}_file={folder}/data/{name}/{split}.jsonl" for split in ("train", "validation")]
+        splits = ("train", "validation") if name in demo_data.SIZES else ()
+        data = [f"--{split}_file={folder}/data/{name}/{split}.jsonl" for split in splits]
         model = f"--model_name_or_path={folder}/models/{name}-{{seed}}"
         return Task(
             name, script, metric, (*data, model, *common, *TRAINING[name]), paper_alpha if alpha is None else alpha
@@ -48,16 +57,17 @@ def demo_tasks(folder: Path, alpha: float | None) -> list[Task]:
         task("classification", "run_glue.py", "eval_accuracy", 1.0),
         task("ner", "run_ner.py", "eval_f1", 1.0),
         task("translation", "run_translation.py", "eval_bleu", 5.0),
+        task("digits", "run_image_classification.py", "eval_accuracy", 0.6),
     ]
 
 
 def write_demo_inputs(folder: Path, seeds: Sequence[int]) -> None:
-    """The demo's data, and for each task and seed a tokenizer and random weights; the same bytes every time."""
+    """The demo's corpora, and for each task and seed random weights and a tokenizer; the same bytes every time."""
     logging.disable_progress_bar()
     data = demo_data.write_demo_data(folder / "data", seed=0)
     for name, model in MODELS.items():
         for seed in seeds:
             output = folder / "models" / f"{name}-{seed}"
             if not output.exists():
-                fixed = ["--train_files", str(data[name]["train"]), "--output_dir", str(output), "--seed", str(seed)]
-                init_model.main([*fixed, *SIZES, *model])
+                text = ["--train_files", str(data[name]["train"])] if name in data else []
+                init_model.main([*text, "--output_dir", str(output), "--seed", str(seed), *SIZES, *model])

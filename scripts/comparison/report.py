@@ -20,9 +20,9 @@ from comparison.tables import (
     number_cell,
     p_cell,
     plain,
+    scored_name,
     secondary_tables,
     seed_table,
-    short_name,
     spread,
     summary,
     table_lines,
@@ -136,9 +136,11 @@ def _how_to_read(report: Report) -> list[str]:
     lines += [
         "- `p`: paired t-test. `p (Holm)`: corrected for the arms of the table, bold below 0.05; not for the number "
         f"of tables. With {few} seeds a gain that is not marked may still be real.",
-        "- `beats baseline`: the probability that a run of the arm scores higher than one of the baseline, ties half "
+        "- `beats baseline`: the probability that a run of the arm scores better than one of the baseline, ties half "
         "(50% is no difference).",
     ]
+    if any(row.lower_is_better for row in report.rows):
+        lines.append("- Where lower is better, a gain is how much lower an arm is: above 0 it is better, as ever.")
     return ["## How to read this", "", *lines]
 
 
@@ -158,7 +160,7 @@ def terminal_table(report: Report) -> Table:
     for name in ("score", "gain [95%]", "p (Holm)", "time"):
         table.add_column(name, no_wrap=True)
     for task, metric in metrics_of(report).items():
-        table.add_row(f"[bold]{task}[/bold]", "", "" if task == AVERAGE else f"[dim]{short_name(metric)}[/dim]")
+        table.add_row(f"[bold]{task}[/bold]", "", "" if task == AVERAGE else f"[dim]{scored_name(metric)}[/dim]")
         for row in report.of_task(task).values():
             test = p_cell(row.gain.holm) if row.gain else ""
             table.add_row(

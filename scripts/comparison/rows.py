@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from common import LOWER_IS_BETTER
+
 from comparison.cost import Cost, cost_ratios, gain_per_cost, mean_cost, share_kept
 from comparison.statistics import BASELINE, Difference, difference, holm, spread_ratio, with_holm
 
@@ -13,6 +15,8 @@ RDROP = "rdrop"
 # What R-Drop has to beat besides the baseline: as many forward passes, and as many rows in a step.
 CONTROLS = ("baseline-2x", "doubled")
 AVERAGE = "average"
+# Scores that are in points, or in a unit of their own (nats, perplexity), as they are; the rest are shares.
+NOT_SHARES = ("bleu", "chrf", "score", "rouge1", "rouge2", "rougeL", "rougeLsum", "loss", "nll", "mse", "perplexity")
 NOT_SCORES = ("runtime", "per_second", "samples", "preparation_time", "_mem_")
 
 Run = Mapping[str, Any]
@@ -26,9 +30,10 @@ class Row:
     Attributes:
         scores: by seed.
         std: sample standard deviation over seeds; None with one seed.
-        best: the highest score of the seeds, which grows with their number; `worst` the lowest.
+        lower_is_better: whether the score is a loss; differences are positive where the arm is better, then too.
+        best: the best score of the seeds, which grows better with their number; `worst` the worst.
         differences: to the baseline and the controls, by their names.
-        best_control: of these, the one with the highest mean score.
+        best_control: of these, the one with the best mean score.
         spread_ratio: `std` over the baseline's; `spread_p` its p value, corrected for the arms.
         gain_per_cost: gain over the baseline divided by the extra cost (time ratio - 1).
         share_kept: gain over the baseline divided by that of the arm `rdrop`, for the arms made from it.
@@ -38,6 +43,7 @@ class Row:
     task: str
     metric: str
     arm: str
+    lower_is_better: bool
     scores: Scores
     mean: float
     std: float | None
@@ -65,7 +71,7 @@ class Report:
     Attributes:
         rows: by task, then by arm.
         average: rows of the mean over `averaged` tasks, empty when these are fewer than two.
-        averaged: tasks in which every arm has every seed.
+        averaged: tasks in which every arm has every seed, and higher scores are better.
         not_averaged: the others.
         without_score: runs whose score is not a finite number, with that score; no figure contains them.
     """
@@ -87,8 +93,13 @@ class Report:
 
 
 def points(metric: str) -> int:
-    """What a metric is multiplied by: BLEU, chrF and scores are in points already, the rest becomes per cent."""
-    return 1 if metric.endswith(("bleu", "chrf", "score")) else 100
+    """What a metric is multiplied by: shares become per cent."""
+    return 1 if metric.endswith(NOT_SHARES) else 100
+
+
+def direction(metric: str) -> int:
+    """1 for a score that is better when higher, -1 for a loss."""
+    return -1 if LOWER_IS_BETTER.search(metric) else 1
 
 
 def trial_scores(trials: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], float]]:
@@ -153,12 +164,14 @@ def _make_rows(
     costs: Mapping[str, Cost],
     secondary: Mapping[str, dict[str, Scores]],
 ) -> list[Row]:
+    sign = direction(metric)
     means = {arm: statistics.fmean(of_arm.values()) for arm, of_arm in scores.items()}
+    better = {arm: {seed: sign * score for seed, score in of_arm.items()} for arm, of_arm in scores.items()}
     references = [arm for arm in (BASELINE, *CONTROLS) if arm in scores]
-    best = max(references, key=means.__getitem__, default=None)
+    best = max(references, key=lambda arm: sign * means[arm], default=None)
     tables = {}
     for other in references:
-        found = {arm: difference(of_arm, scores[other], other) for arm, of_arm in scores.items() if arm != other}
+        found = {arm: difference(of_arm, better[other], other) for arm, of_arm in better.items() if arm != other}
         tables[other] = with_holm({arm: value for arm, value in found.items() if value is not None})
     against_base = tables.get(BASELINE, {})
     spreads = {arm: spread_ratio(scores[arm], scores[BASELINE]) for arm in against_base}
@@ -170,11 +183,12 @@ def _make_rows(
                 task=task,
                 metric=metric,
                 arm=arm,
+                lower_is_better=sign < 0,
                 scores=of_arm,
                 mean=means[arm],
                 std=statistics.stdev(of_arm.values()) if len(of_arm) > 1 else None,
-                best=max(of_arm.values()),
-                worst=min(of_arm.values()),
+                best=sign * max(better[arm].values()),
+                worst=sign * min(better[arm].values()),
                 differences={other: table[arm] for other, table in tables.items() if arm in table},
                 best_control=best,
                 spread_ratio=spreads[arm][0] if arm in spreads else None,
@@ -203,7 +217,7 @@ def _secondary(runs: Mapping[int, Mapping[str, Any]], metric: str) -> dict[str, 
 
 
 def _average(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
-    """Rows of the mean over the tasks in which every arm has every seed, and these tasks."""
+    """Rows of the mean over the tasks in which every arm has every seed, and these tasks; losses are left out."""
     arms = list(dict.fromkeys(row.arm for row in rows))
     seeds = {seed for row in rows for seed in row.scores}
     by_task: dict[str, dict[str, Row]] = {}
@@ -212,7 +226,8 @@ def _average(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
     complete = {
         task: of_task
         for task, of_task in by_task.items()
-        if of_task.keys() == set(arms) and all(row.scores.keys() == seeds for row in of_task.values())
+        if of_task.keys() == set(arms)
+        and all(row.scores.keys() == seeds and not row.lower_is_better for row in of_task.values())
     }
     if len(complete) < 2:
         return [], []

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from comparison.rows import AVERAGE, CONTROLS, Report, Row
+from comparison.rows import AVERAGE, CONTROLS, Report, Row, direction
 from comparison.statistics import BASELINE, SIGNIFICANT, Difference
 from hf_rdrop.card_text import NOTHING, table
 
@@ -52,6 +52,11 @@ def short_name(metric: str) -> str:
     return metric.removeprefix("eval_").replace("_", " ")
 
 
+def scored_name(metric: str) -> str:
+    """The name of the metric that decides, with its direction where that is not the usual one."""
+    return short_name(metric) + (", lower is better" if direction(metric) < 0 else "")
+
+
 def table_lines(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """The lines of a markdown table."""
     return table(columns, rows).split("\n")
@@ -67,7 +72,7 @@ def summary(report: Report) -> list[str]:
     if not tables:
         return ["## Summary", "", "No run has a score."]
     names = [
-        task if task == AVERAGE else f"{task} ({short_name(metric)})" for task, metric in metrics_of(report).items()
+        task if task == AVERAGE else f"{task} ({scored_name(metric)})" for task, metric in metrics_of(report).items()
     ]
     rows = [[arm, *(spread(of[arm]) if arm in of else NOTHING for of in tables.values())] for arm in arms]
     if report.average:
@@ -88,12 +93,13 @@ def task_table(report: Report, task: str) -> list[str]:
     if task == AVERAGE:
         lines = ["## Average over tasks", "", f"Mean by seed over {', '.join(report.averaged)}."]
         if report.not_averaged:
-            lines[-1] += f" Left out, because an arm lacks a seed: {', '.join(report.not_averaged)}."
+            left_out = ", ".join(report.not_averaged)
+            lines[-1] += f" Left out, because an arm lacks a seed, or lower is better: {left_out}."
         lines.append("")
     columns = [
         "arm",
         "seeds",
-        short_name(metrics_of(report)[task]),
+        scored_name(metrics_of(report)[task]),
         "gain [95%]",
         "p",
         "p (Holm)",

@@ -7,7 +7,7 @@ from run_queue import Run
 
 from comparison.arms import BUILT_IN, Arm, candidates, run_arguments
 from comparison.config import Comparison
-from comparison.rows import trial_scores
+from comparison.rows import direction, trial_scores
 
 Trials = dict[Run, dict[str, Any]]  # the settings that each tuning run tries, with its arm
 Choices = dict[tuple[str, str], dict[str, Any]]  # by task and arm: settings, trials, taken_from
@@ -54,7 +54,8 @@ def choose(comparison: Comparison, planned: Trials, guess: bool = False) -> Choi
             ]
             scored = trial_scores(done) if len(tried) > 1 and not guess else [(tried[0], 0.0)]
             if scored:
-                chosen[arm.name] = {"settings": max(scored, key=lambda pair: pair[1])[0], "trials": done}
+                sign = direction(task.metric)
+                chosen[arm.name] = {"settings": max(scored, key=lambda pair: sign * pair[1])[0], "trials": done}
         for arm in comparison.arms:
             if arm.settings_of == arm.name and arm.name in chosen:
                 choices[task.name, arm.name] = chosen[arm.name]
