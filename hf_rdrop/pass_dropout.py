@@ -1,12 +1,10 @@
 """Another dropout rate for each pass, within one forward over a repeated batch."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from .dropout import inspect_dropout
 
@@ -52,11 +50,13 @@ class PassRows:
         return self.passes
 
 
-class PassDropout(TorchFunctionMode):
-    """Within it, dropout of the passes 2..m has another rate; the first pass keeps the model's.
+class PassDropout:
+    """Between `start` and `stop`, dropout of the passes 2..m has another rate; the first pass keeps the model's.
 
     That holds for `nn.Dropout`, for `torch.nn.functional.dropout` and for the dropout of
-    `scaled_dot_product_attention`, wherever their own rate is above 0.
+    `scaled_dot_product_attention`, wherever their own rate is above 0: these two functions are replaced in
+    `torch.nn.functional`. (A `TorchFunctionMode` would not reach the layers that gradient checkpointing runs again in
+    the backward pass.)
 
     Args:
         q: the rate of the other passes, in [0, 1).
@@ -64,21 +64,21 @@ class PassDropout(TorchFunctionMode):
     """
 
     def __init__(self, q: float, pass_rows: PassRows) -> None:
-        super().__init__()
         self.q, self.pass_rows = q, pass_rows
-        self._in_table = self._entered = False
+        self._in_table = False
+        self._replaced: dict[str, Any] = {}
 
     def start(self) -> None:
         """Be in force until `stop`, also in the backward pass, where gradient checkpointing runs layers again."""
-        if not self._entered:
-            self.__enter__()
-            self._entered = True
+        for function in (self.dropout, self.scaled_dot_product_attention):
+            name = function.__name__
+            self._replaced.setdefault(name, getattr(F, name))
+            setattr(F, name, function)
 
     def stop(self) -> None:
         """Be in force no more."""
-        if self._entered:
-            self.__exit__(None, None, None)
-            self._entered = False
+        while self._replaced:
+            setattr(F, *self._replaced.popitem())
 
     def hook(self, model: nn.Module) -> list[Any]:
         """Note when a table of positions is dropped from, whose rows are not the batch's; returns the handles."""
@@ -92,27 +92,16 @@ class PassDropout(TorchFunctionMode):
     def _after_table(self, *args: Any) -> None:
         self._in_table = False
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is F.dropout:
-            return self._dropout(*args, **kwargs)
-        if func is F.scaled_dot_product_attention:
-            return self._attention(*args, **kwargs)
-        if func is Tensor.backward:
-            return self._backward(*args, **kwargs)
-        return func(*args, **kwargs)
+    # The code of a compiled graph looks functions up by their names, so these two call others than they replace.
 
-    # What these two call is not looked at again where a compiled graph of them runs within this mode.
-
-    def _dropout(self, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-        parts = self._parts(x) if training and p > 0 else 1
+    def dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        """In place of `torch.nn.functional.dropout`."""
+        parts = self._parts(input) if training and p > 0 else 1
         if parts == 1:
-            return torch.dropout_(x, p, training) if inplace else torch.dropout(x, p, training)
-        return torch.cat([torch.dropout(part, self.q if i else p, True) for i, part in enumerate(x.chunk(parts))])
+            return torch.dropout_(input, p, training) if inplace else torch.dropout(input, p, training)
+        return torch.cat([torch.dropout(x, self.q if i else p, True) for i, x in enumerate(input.chunk(parts))])
 
-    def _attention(
+    def scaled_dot_product_attention(
         self,
         query: Tensor,
         key: Tensor,
@@ -122,6 +111,7 @@ class PassDropout(TorchFunctionMode):
         is_causal: bool = False,
         **kwargs: Any,
     ) -> Tensor:
+        """In place of `torch.nn.functional.scaled_dot_product_attention`."""
         attention: Any = torch.ops.aten.scaled_dot_product_attention
         parts = self._parts(query) if dropout_p > 0 else 1
         if parts == 1:
@@ -133,19 +123,6 @@ class PassDropout(TorchFunctionMode):
         return torch.cat(
             [attention(queries[i], keys[i], values[i], masks[i], rates[i], is_causal, **kwargs) for i in range(parts)]
         )
-
-    def _backward(
-        self,
-        loss: Tensor,
-        gradient: Any = None,
-        retain_graph: Any = None,
-        create_graph: bool = False,
-        inputs: Any = None,
-    ) -> None:
-        with (
-            self
-        ):  # which is left for as long as it handles a call: gradient checkpointing would run layers without it
-            torch.autograd.backward(loss, gradient, retain_graph, create_graph, inputs=inputs)
 
     def _parts(self, x: Tensor) -> int:
         return 1 if self._in_table or not x.dim() else self.pass_rows.parts(len(x), "second_dropout")

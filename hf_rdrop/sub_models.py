@@ -28,7 +28,8 @@ class SubModels:
             its like end in a norm, so have none. Drawn for each row of a repeated batch, so the passes differ. Layers
             that a row skips are computed all the same: it saves no time.
         insert_dropout: rate p of dropout put on the outputs of the attention and feed-forward blocks of each layer,
-            in [0, 1): for models that have none there (Llama, Qwen, Mistral, ModernBERT, ...).
+            as far as they are modules of their own, in [0, 1): for models that have none there (Llama, Qwen, Mistral,
+            ModernBERT, ...).
         drop_connect: probability p that a weight of a linear map in the layers is dropped, in [0, 1): rows of pass i
             see ``W * mask_i / (1 - p)``, one mask for each pass and forward (DropConnect, Wan et al. 2013). The
             graph holds a copy of these weights for each pass.
@@ -36,7 +37,7 @@ class SubModels:
             (R3F, Aghajanyan et al. 2020, arXiv 2008.03156, uses 1e-5).
         second_dropout: rate q, in [0, 1), of all dropout in the passes 2..m, the first keeping the model's own (an
             ablation of R-Drop's paper); None for equal rates. Where the model's own rate is 0 it stays 0 in all
-            passes. Every call of torch goes through Python then, which costs a little time.
+            passes.
 
     Attributes:
         differs: whether a source makes the passes differ by itself, without dropout in the model.

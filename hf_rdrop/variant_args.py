@@ -115,13 +115,6 @@ class VariantArguments:
             )
         if self.rdrop_deterministic_target:
             self._check_deterministic_target()
-        if getattr(self, "rdrop_shared_layers", 0):
-            for name in ("layer_drop", "drop_connect", "second_dropout"):
-                if getattr(self, f"rdrop_{name}"):
-                    raise ValueError(
-                        f"rdrop_{name} makes passes differ from the first layer on, and rdrop_shared_layers has them "
-                        "share the first layers: use one of the two."
-                    )
         parent_post_init = getattr(super(), "__post_init__", None)
         if parent_post_init is not None:
             parent_post_init()

@@ -6,6 +6,7 @@
     python run_glue.py --train_file train.csv --validation_file dev.csv --model_name_or_path outputs/tiny \
         --do_train --do_eval --output_dir outputs/own
 
+Rows without labels (--unlabeled_file) take part in the agreement: a few beside each labelled row of a batch.
 --rdrop_alpha 0 trains the baseline: the same trainer, data order and arguments, without the second pass.
 """
 
@@ -30,11 +31,13 @@ from labels import SINGLE
 from model_loading import ModelArguments, fit_length, hub_name, load_config, load_model, load_tokenizer
 from script_trainer import ScriptMixin, padding_multiple
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer
+from unlabeled_batches import UnlabeledMixin
+from unlabeled_data import UnlabeledArguments, load_unlabeled, no_targets
 
 from hf_rdrop import RDropTrainer, RDropTrainingArguments
 
 
-class GlueTrainer(ScriptMixin, RDropTrainer):
+class GlueTrainer(ScriptMixin, UnlabeledMixin, RDropTrainer):
     """`RDropTrainer` with what the scripts add around training."""
 
 
@@ -45,8 +48,8 @@ def main(
 
     With `use_trainer`, the trainer is handed to it instead of being trained and evaluated here (sweep.py).
     """
-    model_args, data_args, training_args = parse_arguments(
-        (ModelArguments, GlueArguments, RDropTrainingArguments), argv, __doc__
+    model_args, data_args, unlabeled_args, training_args = parse_arguments(
+        (ModelArguments, GlueArguments, UnlabeledArguments, RDropTrainingArguments), argv, __doc__
     )
     checkpoint = start_run(training_args)
 
@@ -60,6 +63,7 @@ def main(
     columns = choose_text_columns(data_args, splits)
     config = load_config(model_args)
     labels = choose_labels(data_args, splits, config)
+    unlabeled = load_unlabeled(unlabeled_args, data_args, training_args, splits.get("train"), columns)
     splits = data_args.choose_rows(splits)
     targets = read_targets(splits, labels, data_args)
     if data_args.label_noise and training_args.do_train:
@@ -76,6 +80,9 @@ def main(
         data = {
             name: tokenize(split, name, tokenizer, columns, targets[name], data_args) for name, split in splits.items()
         }
+        if unlabeled is not None:
+            none = no_targets(labels, len(unlabeled))
+            unlabeled = tokenize(unlabeled, "unlabelled", tokenizer, columns, none, data_args)
     validation = {name: split for name, split in data.items() if name.startswith("validation")}
     test = {name: split for name, split in data.items() if name.startswith("test")}
 
@@ -97,6 +104,8 @@ def main(
         card=card,
         consistency_samples=data_args.consistency_samples,
         train_dataset=data.get("train"),
+        unlabeled=unlabeled,
+        unlabeled_ratio=unlabeled_args.unlabeled_ratio,
         eval_dataset=next(iter(validation.values()), None),
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=padding_multiple(training_args)),
@@ -111,6 +120,8 @@ def main(
     files = {}
     if training_args.do_train:
         results["train"] = trainer.run_training(checkpoint)
+        if unlabeled is not None:
+            results["train"]["unlabeled_samples"] = len(unlabeled)
     if training_args.do_eval:
         results["eval"] = {}
         for name, dataset in validation.items():

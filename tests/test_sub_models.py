@@ -254,7 +254,8 @@ def test_layer_drop_skips_layers_for_single_rows_at_its_rate(name):
     layers = [layer for stack in find_layer_stacks(model).values() for layer in stack]
     for layer in layers:
         layer.register_forward_hook(record, with_kwargs=True)
-    model.config.use_cache = False  # to which a layer that is called once more would add
+    if name != "vit":
+        batch["use_cache"] = False  # a layer that is called once more would add to it
     with torch.no_grad():
         model(**batch)
         skipped = []
@@ -334,7 +335,7 @@ def test_inserted_dropout_drops_from_the_outputs_of_attention_and_mlp_at_its_rat
     assert not inspect_dropout(model) or not is_stochastic(inspect_dropout(model))
 
 
-@pytest.mark.parametrize("name", ["qwen2", "modernbert", "gpt2", "vit"])
+@pytest.mark.parametrize("name", ["qwen2", "modernbert", "gpt2"])
 def test_inserted_dropout_is_at_every_attention_and_mlp(name):
     model = make(name)
     SubModels(model, insert_dropout=0.1)
@@ -630,15 +631,18 @@ def test_rows_of_the_passes():
         rows.parts(6, "x")
 
 
-def test_an_error_in_a_forward_leaves_no_mode_behind():
-    model = make("bert", dropout=0.3)
+def test_an_error_in_a_forward_leaves_nothing_behind():
+    model, stock = make("bert", dropout=0.3), (F.dropout, F.scaled_dot_product_attention)
     sources = SubModels(model, second_dropout=0.9)
     with pytest.raises(IndexError):
         forward(model, sources, {**make_batch(model), "input_ids": torch.full((3, 6), VOCAB)})
+    assert (F.dropout, F.scaled_dot_product_attention) == stock
     zeros = (F.dropout(torch.ones(2, 20_000), 0.1) == 0).sum()
     assert_share(int(zeros), 40_000, 0.1)
     sources.start(2)
+    assert F.dropout != stock[0]
     sources.remove()
+    assert (F.dropout, F.scaled_dot_product_attention) == stock
     assert_share(int((F.dropout(torch.ones(2, 20_000), 0.1) == 0).sum()), 40_000, 0.1)
 
 
@@ -678,17 +682,23 @@ def test_bfloat16_autocast(source):
     assert differ(*logits.float().chunk(2)) and all(torch.isfinite(grad).all() for grad in grads.values())
 
 
-@pytest.mark.parametrize("source", SOURCES)
-def test_a_compiled_model_draws_the_same(source):
+ONE_BY_ONE = [pytest.param({source: value}, marks=pytest.mark.slow, id=source) for source, value in SOURCES.items()]
+
+
+@pytest.mark.parametrize("asked", [pytest.param(SOURCES, id="all"), *ONE_BY_ONE])
+def test_a_compiled_model_draws_the_same(asked):
     results = []
     for compiled in (False, True):
         torch._dynamo.reset()
-        model = make("llama", dropout=0.2 if source == "second_dropout" else 0.0)
-        sources, backend = install(model, source), CompileCounterWithBackend("eager")
+        model = make("llama", dropout=0.2 if "second_dropout" in asked else 0.0)
+        sources, backend = SubModels(model, **asked), CompileCounterWithBackend("eager")
         call = torch.compile(model, backend=backend) if compiled else None
-        steps = [forward(model, sources, make_batch(model), seed=seed, call=call) for seed in range(3)]
+        steps, counts = [], []
+        for seed in range(3):
+            steps.append(forward(model, sources, make_batch(model), seed=seed, call=call))
+            counts.append(backend.frame_count)
         results.append(steps)
-        assert not compiled or 0 < backend.frame_count <= 2  # and not once more at each step
+        assert not compiled or 0 < counts[0] == counts[2], counts  # compiled once
     for plain, fast in zip(*results, strict=True):
         assert_same(plain, fast)
 

@@ -26,7 +26,6 @@ from hf_rdrop.variant_args import SOURCES, alpha_at
         ({"rdrop_deterministic_target": True, "rdrop_passes": 3}, "rdrop_passes=3 has no meaning"),
         ({"rdrop_deterministic_target": True, "rdrop_shared_layers": 1}, "rdrop_shared_layers=1 has no meaning"),
         ({"rdrop_deterministic_target": True, "rdrop_second_dropout": 0}, "rdrop_second_dropout=0 has no meaning"),
-        ({"rdrop_shared_layers": 1, "rdrop_drop_connect": 0.1}, "use one of the two"),
     ],
 )
 def test_bad_values_are_refused_and_nothing_is_created(kwargs, message, tmp_path):

@@ -153,6 +153,12 @@ def test_plain_training_has_the_same_noise(source):
     assert all(entry["kl_loss"] == 0 for entry in step_logs(noisy))
 
 
+@pytest.mark.parametrize("source", [{"rdrop_layer_drop": 0.4}, {"rdrop_drop_connect": 0.2}])
+def test_a_source_above_a_shared_trunk(source):
+    trainer = train(make_llama(), rdrop_shared_layers=1, **source)
+    assert all(entry["kl_loss"] > 1e-4 for entry in step_logs(trainer))
+
+
 def test_an_impossible_place_is_an_error_before_the_first_step():
     model = make_model("single", 0.1)
     with pytest.raises(ValueError, match="insert_dropout: no attention or feed-forward block"):
