@@ -109,10 +109,13 @@ def comparison_part(rows: list[Mapping[str, Any]]) -> dict[str, Any]:
         cells.append([inline(row["arm"]), str(len(row["scores"])), score, _gain(found), *ratios])
     metric = rows[0]["metric"].removeprefix("eval_").replace("_", " ")
     numbers = sorted({len(row["scores"]) for row in rows})
-    columns = ["arm", "seeds", inline(metric), "difference to baseline [95%]", "time", "memory"]
+    is_loss = rows[0].get("lower_is_better", False)
+    difference = "gain over baseline [95%]" if is_loss else "difference to baseline [95%]"
+    columns = ["arm", "seeds", inline(metric) + ", lower is better" * is_loss, difference, "time", "memory"]
     return {
         "task": rows[0]["task"],
         "metric": metric,
+        "is_loss": is_loss,
         "table": table(columns, cells),
         "seeds": str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}",
         # n differences lie all on one side of their true mean with probability 2^(1-n), if spread evenly around it

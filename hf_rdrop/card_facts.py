@@ -10,6 +10,7 @@ from torch import nn
 from transformers.modelcard import extract_hyperparameters_from_trainer
 from transformers.models.auto import modeling_auto
 
+from .card_objective import objective_facts
 from .card_text import inline, number, public
 from .dropout import inspect_dropout
 from .heads import predicts_next_token
@@ -34,16 +35,19 @@ class HeadFacts(NamedTuple):
     """A head in words.
 
     Attributes:
-        kind: "sequence", "token", "seq2seq", "causal" or "masked"; None for another one.
+        kind: "sequence", "token", "seq2seq", "causal", "masked", "question", "choice", "image" or "audio"; None for
+            another one.
         auto_class: the class of transformers that loads it.
         task: the Hub's name of the task.
         problem: Transformers' `problem_type`.
+        agreement: `rdrop_agreement`, or another text where it is not known what the passes are compared as.
     """
 
     kind: str | None
     auto_class: str | None
     task: str | None
     problem: str
+    agreement: str = "symmetric_kl"
 
     @property
     def loss(self) -> str:
@@ -53,7 +57,24 @@ class HeadFacts(NamedTuple):
     @property
     def distance(self) -> str:
         """What `kl_loss` is, in short."""
+        if self.agreement != "symmetric_kl":
+            return "disagreement"
         return "squared difference" if self.problem == "regression" else "KL"
+
+    @property
+    def items(self) -> str:
+        """What the terms are means over."""
+        if self.problem == "multi_label_classification":
+            return "rows and labels"
+        kinds = dict.fromkeys(("token", "seq2seq", "causal", "masked"), "tokens")
+        return (kinds | {"question": "answers (start and end)"}).get(str(self.kind), "rows")
+
+    @property
+    def outcomes(self) -> str:
+        """What the probabilities are of."""
+        kinds = dict.fromkeys(("seq2seq", "causal", "masked"), "vocabulary at every token")
+        kinds |= {"token": "classes at every token", "choice": "choices"}
+        return (kinds | {"question": "positions for start and end"}).get(str(self.kind), "classes")
 
 
 _KINDS = (
@@ -61,7 +82,13 @@ _KINDS = (
     ("masked", "MASKED_LM", "AutoModelForMaskedLM", "fill-mask"),
     ("sequence", "SEQUENCE_CLASSIFICATION", "AutoModelForSequenceClassification", "text-classification"),
     ("token", "TOKEN_CLASSIFICATION", "AutoModelForTokenClassification", "token-classification"),
+    ("question", "QUESTION_ANSWERING", "AutoModelForQuestionAnswering", "question-answering"),
+    ("choice", "MULTIPLE_CHOICE", "AutoModelForMultipleChoice", "multiple-choice"),
+    ("image", "IMAGE_CLASSIFICATION", "AutoModelForImageClassification", "image-classification"),
+    ("audio", "AUDIO_CLASSIFICATION", "AutoModelForAudioClassification", "audio-classification"),
 )
+#: The kinds with classes of a name each, in one of Transformers' three problem types.
+CLASSIFIERS = ("sequence", "image", "audio")
 
 
 def describe_head(model: nn.Module) -> HeadFacts:
@@ -71,12 +98,20 @@ def describe_head(model: nn.Module) -> HeadFacts:
     config, name = getattr(model, "config", None), type(model).__name__
     problem = "single_label_classification"
     for kind, mapping, auto_class, task in _KINDS:
-        if name in getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES").values():
-            if kind == "sequence":
+        known = getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES").values()
+        if any(name == names or (isinstance(names, tuple) and name in names) for names in known):
+            if kind in CLASSIFIERS:
                 by_number = "regression" if getattr(config, "num_labels", None) == 1 else problem
                 problem = getattr(config, "problem_type", None) or by_number
             return HeadFacts(kind, auto_class, task, problem)
     return HeadFacts(None, None, None, getattr(config, "problem_type", None) or problem)
+
+
+def trained_head(trainer: "RDropMixin") -> HeadFacts:
+    """The head of a trainer's model, and what its passes are compared by."""
+    own = trainer.logits_for_agreement is not None
+    agreement = "logits_for_agreement" if own else trainer.rdrop_argument("agreement")
+    return describe_head(trainer.base_model)._replace(agreement=agreement)
 
 
 # ---- How it was trained ----
@@ -93,16 +128,19 @@ def rdrop_part(trainer: "RDropMixin") -> dict[str, Any]:
     trunk = economies.trunk if economies else None
     logged = [line for line in training_lines(trainer.state.log_history) if "kl_share" in line]
     share = logged[-1]["kl_share"] if logged and alpha else None
+    head = trained_head(trainer)
+    own = trainer.logits_for_agreement is not None
     return {
+        **objective_facts(trainer.rdrop_argument, head.problem == "regression", own),
         "alpha": f"{alpha:g}",
         "half": f"{alpha / 2:g}",
         "passes": trainer.rdrop_argument("passes"),
         "interval": trainer.rdrop_argument("interval"),
         "trunk": {"shared": trunk.shared_layers, "layers": trunk.num_layers} if trunk else None,
         "fused_head": bool(economies and economies.fused_head),
-        "head": describe_head(trainer.base_model),
+        "head": head,
         "dropout": dropout_rates(trainer.base_model),
-        "smoothing": trainer.args.label_smoothing_factor,
+        "smoothing": 0 if head.kind == "question" else trainer.args.label_smoothing_factor,  # that has no `labels`
         "trained": trainer.state.global_step > 0,
         "share": share if share is not None and math.isfinite(share) else None,
         "inert_share": INERT_SHARE,

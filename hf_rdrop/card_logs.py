@@ -54,7 +54,8 @@ def curves_part(
     Args:
         history: log lines with `step`, `epoch`, `loss`, `ce_loss` and `kl_loss`, and those of evaluations.
         head: whose losses they are.
-        alpha: weight of the agreement; with 0 there is only the loss to tell of.
+        alpha: weight of the agreement, where a line does not have its own (`rdrop_alpha`); with 0 there is only the
+            loss to tell of.
         interval: of the optimizer steps with R-Drop.
     """
     epochs: dict[int, list[tuple[int, Mapping[str, Any]]]] = {}
@@ -69,7 +70,9 @@ def curves_part(
     rows = []
     for epoch, weighted in epochs.items():
         loss, ce, kl = (_mean(weighted, name) for name in ("loss", "ce_loss", "kl_loss"))
-        share = f"{alpha / 2 * kl / ce:.1%}" if ce and math.isfinite(kl / ce) else NOTHING
+        parts = [(n, {"part": line.get("rdrop_alpha", alpha) / 2 * line["kl_loss"]}) for n, line in weighted]
+        part = _mean(parts, "part")
+        share = f"{part / ce:.1%}" if ce and math.isfinite(part / ce) else NOTHING
         last = weighted[-1][1]
         losses = [number(loss), number(ce), number(kl), share] if alpha else [number(loss)]
         measured = [number(scores.get(epoch, {}).get(name)) for name in names]

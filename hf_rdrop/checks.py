@@ -140,14 +140,8 @@ def check_batch(trainer: "RDropMixin", inputs: Mapping[str, Any]) -> Tensor | No
             f"({', '.join(sorted(packed)) or 'position_ids without attention_mask'}). Use a padding collator such as "
             "DataCollatorWithPadding, or set rdrop_alpha to 0."
         )
-    real = labels is not None and labels.is_floating_point()
-    if real and trainer.rdrop_argument("unlabeled") and (user := trainer.user_of_outputs) is not None:
-        raise ValueError(
-            "rdrop_unlabeled with real-valued labels (regression or multi-label) computes the loss of the labelled "
-            f"rows itself, but {user}. Use the model's own loss, or leave rdrop_unlabeled out."
-        )
     if trainer.label_smoother is not None:
-        if real:
+        if labels is not None and labels.is_floating_point():
             raise ValueError(
                 "label_smoothing_factor needs class indices, but the labels are real numbers (regression or "
                 "multi-label). Set label_smoothing_factor to 0."
@@ -160,3 +154,16 @@ def check_batch(trainer: "RDropMixin", inputs: Mapping[str, Any]) -> Tensor | No
                 "or set label_smoothing_factor to 0."
             )
     return labels
+
+
+def check_own_loss(trainer: "RDropMixin") -> None:
+    """Check that nobody else computes the loss where `rdrop_unlabeled` leaves rows out of a loss of real numbers.
+
+    Raises:
+        ValueError: when somebody does.
+    """
+    if (user := trainer.user_of_outputs) is not None:
+        raise ValueError(
+            "rdrop_unlabeled with real-valued labels (regression or multi-label) computes the loss of the labelled "
+            f"rows itself, but {user}. Use the model's own loss, or leave rdrop_unlabeled out."
+        )

@@ -112,7 +112,8 @@ def measure_consistency(
 
     Args:
         model: any model with one of the supported heads, on the device where it is to run.
-        dataloader: batches as the model takes them, with `labels`; on any device.
+        dataloader: batches as the model takes them, with `labels` (or `start_positions` and `end_positions`); on any
+            device.
         num_samples: n >= 2.
         seed: of the dropout masks; the same seed gives the same result.
         compute_metrics: further scores, from predictions and labels as NumPy arrays: class indices (0/1 per label for
@@ -145,7 +146,7 @@ def measure_consistency(
             inputs, labels = _with_labels(inputs, device)
             rows = get_batch_size(inputs)
             with dropout_off(model):
-                logits = find_logits(model(**inputs), rows)
+                logits = find_logits(model(**inputs), rows, inputs)
             head = resolve_head(getattr(base, "config", None), logits, labels, 1, shifts)
             problem_type = head.problem_type
             labels = labels.to(logits.device)
@@ -153,7 +154,7 @@ def measure_consistency(
             del logits
             with _dropout_on(model):
                 for _ in range(num_samples):
-                    batch.add(find_logits(model(**inputs), rows))
+                    batch.add(find_logits(model(**inputs), rows, inputs))
             sums = batch.sums()
             total = sums if items == 0 else total + sums
             items += len(batch.off)

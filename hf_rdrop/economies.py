@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .cost import predict_cost
 from .fused_head import FusedHead, choose_fused_head
+from .heads import find_logits
 from .model_shape import describe_model
 from .parent_loss import check_labels_of_head
 from .trunk import SharedTrunk
@@ -62,7 +63,15 @@ class Economies:
         if self.trunk is not None:
             passes = trainer.rdrop_argument("passes")
             repeated = trainer.repeat(inputs, passes)
-            check_shared_trunk(self.trunk, model, repeated, passes, batch_size=trainer._batch_size(inputs))
+            given: Any = trainer.logits_for_agreement
+            check_shared_trunk(
+                self.trunk,
+                model,
+                repeated,
+                passes,
+                batch_size=trainer._batch_size(inputs),
+                logits_of=find_logits if given is None else lambda outputs, _, plain: _first(given(outputs, plain)),
+            )
         self.fused_head = choose_fused_head(
             trainer.rdrop_argument("fused_head"),
             trainer.base_model,
@@ -119,3 +128,8 @@ class Economies:
         """Leave the model as it was."""
         if self.trunk is not None:
             self.trunk.remove()
+
+
+def _first(given: Any) -> Any:
+    """The scores of (scores, mask, ...)."""
+    return given[0] if isinstance(given, tuple) else given

@@ -6,7 +6,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+)
 
 from .batch import stack_passes
 from .functional import AGREEMENTS
@@ -34,22 +37,35 @@ class Head(NamedTuple):
 def find_labels(inputs: Mapping[str, Any], names: Iterable[str] = ()) -> Tensor | None:
     """The labels of a batch: `labels`, or those of question answering as `[B, 2]`, or the first of `names`.
 
-    An answer's position outside its row (which Transformers' heads ignore), or -100, is -100 here.
+    An answer with a position outside its row, or with one of -100, is -100 twice here.
     """
     for name in ("labels", "label"):
         if isinstance(inputs.get(name), Tensor):
             return inputs[name]
     if all(isinstance(inputs.get(name), Tensor) for name in ANSWER):
-        positions = torch.stack([inputs[name].flatten() for name in ANSWER], -1)
-        outside = (positions >= _length(inputs)) | (positions == -100)
-        return positions.clamp(min=0).masked_fill(outside, -100)
+        return _answers(inputs)
     return next((inputs[name] for name in names if isinstance(inputs.get(name), Tensor)), None)
 
 
-def without_answers(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The batch with answers of -100 moved behind the row, where Transformers' heads ignore them."""
-    answers = {name: inputs[name] for name in ANSWER if isinstance(inputs.get(name), Tensor)}
-    return {**inputs, **{name: x.masked_fill(x == -100, _length(inputs)) for name, x in answers.items()}}
+def _answers(inputs: Mapping[str, Any]) -> Tensor:
+    positions = torch.stack([inputs[name].flatten() for name in ANSWER], -1)
+    outside = (positions >= _length(inputs)) | (positions == -100)
+    return positions.clamp(min=0).masked_fill(outside.any(-1, keepdim=True), -100)
+
+
+def without_answers(inputs: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """The batch with both positions of the answers that do not count moved behind the row, where Transformers' heads
+    for question answering ignore them.
+
+    To these heads -100 is not to be ignored, as it is to all others, but the first position. And of an answer that is
+    cut in two they count one half: their loss, the mean of that of starts and that of ends, would then not be a mean
+    over items (and nan for a batch without any end).
+    """
+    is_known = not _class_names(model).isdisjoint(MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES.values())
+    if not is_known or not all(isinstance(inputs.get(name), Tensor) for name in ANSWER):
+        return inputs
+    lost = (_answers(inputs) == -100)[:, 0]
+    return {**inputs, **{n: inputs[n].masked_fill(lost.view_as(inputs[n]), _length(inputs)) for n in ANSWER}}
 
 
 def _length(inputs: Mapping[str, Any]) -> int:
@@ -61,8 +77,12 @@ def _length(inputs: Mapping[str, Any]) -> int:
 def predicts_next_token(model: nn.Module) -> bool:
     """Whether the head scores position t against label t + 1 (causal language models)."""
     is_pair = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    names = {base.__name__ for base in type(model).__mro__}  # FSDP makes a class of its own of the model's
-    return not names.isdisjoint(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()) and not is_pair
+    return not _class_names(model).isdisjoint(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()) and not is_pair
+
+
+def _class_names(model: nn.Module) -> set[str]:
+    """Those of the bases, too: FSDP makes a class of its own of the model's."""
+    return {base.__name__ for base in type(model).__mro__}
 
 
 def valid_items(labels: Tensor, shift_labels: bool = False) -> Tensor:
@@ -111,8 +131,8 @@ def items_to_compare(
 
 
 def _bare(labels: Tensor) -> Tensor:
-    """`[B, 1]`: the rows of `[B, T]` that have no label at all."""
-    return (labels == -100).all(1, keepdim=True)
+    """`[B, 1, ...]`: the rows of `[B, T, ...]` that have no label at all."""
+    return (labels == -100).flatten(1).all(1).view(-1, *[1] * (labels.dim() - 1))
 
 
 def shifted_labels(labels: Tensor) -> Tensor:
@@ -120,8 +140,16 @@ def shifted_labels(labels: Tensor) -> Tensor:
     return F.pad(labels[..., 1:], (0, 1), value=-100)
 
 
-def find_logits(outputs: Any, rows: int) -> Tensor:
+def find_logits(outputs: Any, rows: int, inputs: Mapping[str, Any] | None = None) -> Tensor:
     """The logits among a model's outputs (ModelOutput, dict or tuple), which must have one row per row of the batch.
+
+    Args:
+        outputs: what the model returned; of question answering `start_logits` and `end_logits`, `[rows, T]` each.
+        rows: number of rows of the batch as the model got it.
+        inputs: the batch, which shows a tuple to be one of question answering: (loss, start, end, ...).
+
+    Returns:
+        `[rows, ...]`; of question answering `[rows, 2, T]`.
 
     Raises:
         ValueError: when there are none.
@@ -135,6 +163,8 @@ def find_logits(outputs: Any, rows: int) -> Tensor:
         items = outputs if isinstance(outputs, (list, tuple)) else ()
         tensors = [item for item in items if isinstance(item, Tensor) and item.dim() > 0]
         logits, found = next(iter(tensors), None), f"{type(outputs).__name__} of {len(items)}"
+        if ANSWER[0] in (inputs or ()) and len(tensors) > 1 and tensors[0].shape == tensors[1].shape:
+            logits = torch.stack(tensors[:2], 1)
     if not isinstance(logits, Tensor) or logits.dim() == 0 or len(logits) != rows:
         shape = f", logits of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else ""
         raise ValueError(

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers import FeatureExtractionMixin, PreTrainedTokenizerBase, TrainingArguments
+from transformers.image_processing_base import ImageProcessingMixin
 from transformers.modelcard import TrainingSummary
 
 from .card_data import FILES, as_list, fill_in, find_title
 from .card_evidence import read_comparison, read_consistency
-from .card_facts import describe_head, hyperparameters, rdrop_part, versions
+from .card_facts import CLASSIFIERS, describe_head, hyperparameters, rdrop_part, trained_head, versions
 from .card_logs import curves_part, last_evaluation, plot_curves
 from .card_text import inline, is_hub_id, last_part, link, number, public, render, table, write_atomically
 from .version import __version__
@@ -79,7 +80,7 @@ def write_card(
     fill_in(data, trainer, summary, evaluation, title, base_name, [*earlier_tags, *as_list(given.get("tags"))])
 
     history, alpha = trainer.state.log_history, trainer.rdrop_argument("alpha")
-    head = describe_head(trainer.base_model)
+    head = trained_head(trainer)
     curves = curves_part(history, head, alpha, trainer.rdrop_argument("interval"))
     if curves and alpha and plot_curves(history, head, readme.with_name(PLOT)):
         curves["plot"] = PLOT
@@ -206,16 +207,27 @@ def _usage(trainer: "RDropMixin", title: str, base_name: str, with_peft: bool) -
         "auto_class": head.auto_class,
         "name": hub_id or title,
         "on_hub": bool(hub_id),
-        "tokenizer": isinstance(trainer.processing_class, PreTrainedTokenizerBase),
+        "processor": _auto_processor(trainer.processing_class),
+        "mode": {1: "L", 4: "RGBA"}.get(getattr(trainer.base_model.config, "num_channels", 3), "RGB"),  # Pillow's
         "base": _base_for_adapter(trainer, head.kind, base_name) if with_peft else None,
     }
+
+
+def _auto_processor(given: Any) -> str | None:
+    """The class of transformers that loads what makes the model's inputs, as it was saved with the model."""
+    kinds = {
+        "AutoTokenizer": PreTrainedTokenizerBase,
+        "AutoImageProcessor": ImageProcessingMixin,
+        "AutoFeatureExtractor": FeatureExtractionMixin,
+    }
+    return next((name for name, kind in kinds.items() if isinstance(given, kind)), None)
 
 
 def _base_for_adapter(trainer: "RDropMixin", kind: str, base_name: str) -> dict[str, Any]:
     """What the base model must be loaded with, because an adapter does not hold the names of its classes."""
     config: Any = trainer.base_model.config
     options = ""
-    if kind in ("sequence", "token"):
+    if kind in (*CLASSIFIERS, "token"):
         labels = config.id2label
         own = len(labels) <= 20 and any(name != f"LABEL_{index}" for index, name in labels.items())
         options = f"id2label={labels!r}" if own else f"num_labels={len(labels)}"

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from .agreements import OUTPUT_AGREEMENTS, Term, hidden_state_agreement, parse_agreement
 from .batch import first_rows, stack_passes
+from .checks import check_own_loss
 from .contrastive import info_nce_agreement, pool
 from .dropout import dropout_off
-from .functional import compute_dtype
+from .functional import AGREEMENTS, compute_dtype
 from .heads import Head, find_logits, items_to_compare, resolve_head
 from .parent_loss import check_comparison, check_gradient, outputs_behind, recorded_outputs
 
@@ -76,7 +77,7 @@ class Objective:
         ce, returned, recorded = self._ce(model, repeated, labels, passes)
         name = trainer._parent_loss
         found = self._predictions(outputs_behind(returned, recorded, name), inputs, labels, passes)
-        check_gradient(ce, found.logits, name)
+        check_gradient(ce, found.logits, "logits_for_agreement" if trainer.logits_for_agreement is not None else name)
         economies = trainer._economies
         if economies is not None and not economies.compared:
             economies.compared = True
@@ -100,11 +101,12 @@ class Objective:
     def _ce_of_labelled_rows(
         self, model: nn.Module, repeated: dict[str, Any], labels: Tensor, passes: int
     ) -> tuple[Tensor, Any]:
-        """BCE or squared error over the rows with labels: heads for real-valued labels know none to ignore."""
+        """BCE or squared error over the labels that are not -100: heads for real-valued ones know none to ignore."""
+        check_own_loss(self.trainer)
         outputs = model(**{name: value for name, value in repeated.items() if name not in ("labels", "label")})
         logits = find_logits(outputs, passes * len(labels))
         head = resolve_head(self.config, logits, labels, passes)
-        keep = (labels != -100).flatten(1).any(1) if labels.dim() > 1 else labels != -100
+        keep = labels != -100
         scores = logits.to(compute_dtype(logits)).reshape(passes, *labels.shape)[:, keep]
         loss = F.mse_loss if head.problem_type == "regression" else F.binary_cross_entropy_with_logits
         ce = loss(scores, labels[keep].to(scores.dtype).expand_as(scores), reduction="sum")
@@ -117,9 +119,9 @@ class Objective:
         trainer, rows = self.trainer, passes * self.trainer._batch_size(inputs)
         hidden = _hidden_states(outputs, inputs, rows) if self.with_hidden else []
         if trainer.logits_for_agreement is not None:
-            logits, head = _own_comparison(trainer.logits_for_agreement(outputs, inputs), rows)
+            logits, head = _own_comparison(trainer.logits_for_agreement(outputs, inputs), rows, passes)
             return _Predictions(logits, head, hidden)
-        logits = find_logits(outputs, rows)
+        logits = find_logits(outputs, rows, inputs)
         assert labels is not None  # `check_batch`
         head = resolve_head(self.config, logits, labels, passes, trainer.shifts_labels)
         if trainer.rdrop_argument("unlabeled") and head.mask is not None:
@@ -150,20 +152,42 @@ def _joined(fixed: _Predictions, found: _Predictions) -> _Predictions:
     return _Predictions(torch.cat((fixed.logits, found.logits)), found.head, hidden)
 
 
-def _own_comparison(given: Any, rows: int) -> tuple[Tensor, Head]:
-    """What a user's `logits_for_agreement` returned.
+def _own_comparison(given: Any, rows: int, passes: int) -> tuple[Tensor, Head]:
+    """What a user's `logits_for_agreement` returned for `rows` rows of `passes` passes.
 
     Raises:
         ValueError: when it is not what it has to be.
     """
-    logits, mask, problem_type = (*given, None, None)[:3] if isinstance(given, tuple) else (given, None, None)
-    if not isinstance(logits, Tensor) or logits.dim() == 0 or len(logits) != rows:
-        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    parts = given if isinstance(given, tuple) else (given,)
+    logits, mask, problem_type = (*parts, None, None, None)[:3]
+    problem_type = "single_label_classification" if problem_type is None else problem_type
+    if problem_type not in AGREEMENTS:
         raise ValueError(
-            f"logits_for_agreement must return the scores of all {rows} rows of the repeated batch, [{rows}, ..., C], "
-            f"alone or as (logits, mask) or (logits, mask, problem_type); got {got}."
+            f"logits_for_agreement returned the problem_type {problem_type!r}. Return (logits, mask, problem_type) "
+            f"with one of {', '.join(AGREEMENTS)}, or leave it out for the first of these."
         )
-    return logits, Head(problem_type or "single_label_classification", mask)
+    by_class = problem_type == "single_label_classification"
+    fits = isinstance(logits, Tensor) and logits.is_floating_point() and logits.dim() > by_class
+    if len(parts) > 3 or not fits or len(logits) != rows:
+        raise ValueError(
+            f"logits_for_agreement must return the scores of all {rows} rows of the repeated batch, alone or as "
+            f"(logits, mask) or (logits, mask, problem_type): real numbers [{rows}, ..., C] for C classes, or with "
+            f"the problem type multi_label_classification or regression [{rows}, ...]. Got {_shown(given)}."
+        )
+    items = (rows // passes, *(logits.shape[1:-1] if by_class else logits.shape[1:]))
+    if mask is not None and (not isinstance(mask, Tensor) or mask.shape != items):
+        raise ValueError(
+            f"logits_for_agreement must return a mask of the shape {items}: one value for each "
+            f"{'item' if by_class else 'score'} of one pass (the batch that it is given is not repeated). Got "
+            f"{_shown(mask)}."
+        )
+    return logits, Head(problem_type, None if mask is None else mask.to(logits.device, torch.bool))
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    return f"({', '.join(map(_shown, value))})" if isinstance(value, tuple) else type(value).__name__
 
 
 def _hidden_states(outputs: Any, inputs: Mapping[str, Any], rows: int) -> list[tuple[list[Tensor], Tensor | None]]:
@@ -183,8 +207,10 @@ def _hidden_states(outputs: Any, inputs: Mapping[str, Any], rows: int) -> list[t
         layers = outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None)
         if not layers:
             continue
-        states = [layer for layer in layers[1:] if layer.dim() == 3 and len(layer) == rows]
+        # (Multiple choice has a row for each choice.)
+        states = [layer for layer in layers[1:] if layer.dim() == 3 and len(layer) % rows == 0]
         mask = inputs.get(mask_name)
+        mask = mask.flatten(0, -2) if isinstance(mask, Tensor) else None
         if name == "decoder_hidden_states" and mask is None and isinstance(inputs.get("labels"), Tensor):
             mask = inputs["labels"] != -100
         if mask is not None and (not states or mask.shape[1:] != states[0].shape[1:2]):

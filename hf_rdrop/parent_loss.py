@@ -14,7 +14,7 @@ from .heads import Head
 from .loss_log import LossLog
 
 # The heads of Transformers whose labels are classes below `config.num_labels`.
-_CLASSIFIER = re.compile(r"For(Sequence|Token|Image|Video)Classification$")
+_CLASSIFIER = re.compile(r"For(Sequence|Token|Image|Video|Audio)Classification$")
 
 
 def check_labels_of_head(model: nn.Module, labels: Tensor) -> None:
@@ -139,6 +139,12 @@ def check_gradient(loss: Tensor, logits: Tensor, name: str | None) -> None:
     Raises:
         ValueError: when it is not.
     """
+    if loss.requires_grad and not logits.requires_grad and name == "logits_for_agreement":
+        raise ValueError(
+            "The scores that logits_for_agreement returns carry no gradient (detached, copied, computed under "
+            "torch.no_grad, or by an operation like argmax), so their agreement could not train anything. Return the "
+            "model's own scores, or differentiable functions of them."
+        )
     if loss.requires_grad and not logits.requires_grad:
         raise ValueError(
             f"The logits that {name or 'the model'} returns carry no gradient (the loss was computed elsewhere), so "

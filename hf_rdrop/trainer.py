@@ -48,7 +48,22 @@ class RDropMixin(CleanPushMixin, ResumeMixin, StepLogMixin, _AnyTrainer):
     `kl_share`, the agreement's part of the loss, (alpha / 2 * KL) / CE. `kl_loss` is 0 when alpha is, and at the plain
     steps of an interval.
 
-    Args (of the `args` given to the Trainer; their defaults hold for a plain `TrainingArguments`):
+    Args:
+        logits_for_agreement: what the passes are compared by, for a model whose outputs are not those of a supported
+            head. A function of the model's outputs for the repeated batch (m * B rows, pass after pass) and of the
+            batch before it was repeated (B rows). It is called in training only, while the loss stays the model's or
+            the parent's own, and returns one of
+
+            - the scores of classes `[m * B, ..., C]`;
+            - (scores, mask), with the items to compare in a boolean or 0/1 `[B, ...]`;
+            - (scores, mask or None, problem type): `"single_label_classification"`, `"multi_label_classification"` for
+              scores that are labels by themselves or `"regression"` for predictions, both `[m * B, ...]` with a mask
+              `[B, ...]` of the same shape.
+
+            Accumulated batches count by their labels: by `labels`, else the first of `label_names` that is in the
+            batch, and with none of them all alike.
+
+    Further arguments (of the `args` given to the Trainer; their defaults hold for a plain `TrainingArguments`):
         rdrop_alpha: weight of the agreement, >= 0.
         rdrop_passes: number of passes m, >= 2.
         rdrop_dropout: when given, `set_dropout(model, rdrop_dropout)` is applied to the model.
@@ -58,13 +73,19 @@ class RDropMixin(CleanPushMixin, ResumeMixin, StepLogMixin, _AnyTrainer):
 
     Raises:
         ValueError: before the first step, when the set-up cannot work (nothing stochastic in the model, unsupported
-            head, packed batches, sequence parallelism, several GPUs in one process, layers that cannot be shared).
+            head, packed batches, sequence parallelism, several GPUs in one process, layers that cannot be shared); in
+            it, when `logits_for_agreement` returns something else, or scores without a gradient.
 
     Attributes:
         non_batch_inputs: names of model inputs that are not per example, which are never repeated; extend it in a
             subclass when your model takes such inputs.
 
     Source: Liang et al. 2021 (arXiv 2106.14448).
+
+    Example:
+        >>> def spans(outputs, inputs):  # of a model that returns {"loss": ..., "span_scores": [rows, T, C], ...}
+        ...     return outputs["span_scores"], inputs["attention_mask"]
+        >>> trainer = RDropTrainer(model=model, args=args, train_dataset=train, logits_for_agreement=spans)
     """
 
     non_batch_inputs: frozenset[str] = NON_BATCH_INPUTS
@@ -166,6 +187,7 @@ class RDropMixin(CleanPushMixin, ResumeMixin, StepLogMixin, _AnyTrainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """R-Drop's loss in training, the plain mean loss of one pass in evaluation. See `RDropMixin`."""
+        inputs = without_answers(inputs, self.base_model)
         if not model.training:
             # A copy, because the Trainer pops the labels off the dict when it smooths them.
             found: Any = super().compute_loss(model, dict(inputs), return_outputs, num_items_in_batch=None)
@@ -174,8 +196,6 @@ class RDropMixin(CleanPushMixin, ResumeMixin, StepLogMixin, _AnyTrainer):
                 loss = torch.where(count > 0, loss, 0)  # as in training: not nan for rows without a valid item
             return (loss, outputs) if return_outputs else loss
 
-        if self.rdrop_argument("unlabeled"):
-            inputs = without_answers(inputs)
         found = self._batch_loss(super().compute_loss, model, inputs, return_outputs)
         ce, kl, alpha = found.ce, found.agreement, self._alpha
         count = self._count_items(inputs)
@@ -259,7 +279,7 @@ class _RDropCallback(TrainerCallback):
 
 
 class RDropTrainer(RDropMixin, Trainer):
-    """`Trainer` with R-Drop's objective: sequence and token classification. See `RDropMixin`.
+    """`Trainer` with R-Drop's objective, for all heads but those that generate in evaluation. See `RDropMixin`.
 
     Example:
         >>> trainer = RDropTrainer(

@@ -1,6 +1,6 @@
 """Whether a model does the same with its lower layers shared between the passes."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,13 @@ _CHECKED_EXAMPLES = 2  # enough to notice rows in a wrong order, few enough for 
 
 @torch.no_grad()
 def check_shared_trunk(
-    trunk: SharedTrunk, model: nn.Module, inputs: Mapping[str, Any], passes: int, *, batch_size: int | None = None
+    trunk: SharedTrunk,
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    passes: int,
+    *,
+    batch_size: int | None = None,
+    logits_of: Callable[[Any, int, Mapping[str, Any]], Tensor] = find_logits,
 ) -> None:
     """Check that sharing changes no logits in evaluation, and that something above the shared layers is random.
 
@@ -29,6 +35,8 @@ def check_shared_trunk(
         inputs: a repeated batch, m * B rows.
         passes: m, >= 2.
         batch_size: number of examples B; read off the labels or input ids by default.
+        logits_of: takes the scores to look at from outputs, given their number of rows and the batch before it was
+            repeated.
 
     Raises:
         ValueError: when the model does not work with its first layers shared, or the passes would be identical.
@@ -45,9 +53,11 @@ def check_shared_trunk(
         calls.append(module)
         dtypes.update(x.dtype for x in args if isinstance(x, Tensor))
 
+    def select(index: list[int]) -> dict[str, Any]:
+        return {k: v if k in trunk.non_batch_inputs else _select(v, passes * size, index) for k, v in inputs.items()}
+
     def run(index: list[int]) -> Tensor:
-        chosen = {k: v if k in trunk.non_batch_inputs else _select(v, passes * size, index) for k, v in inputs.items()}
-        logits = find_logits(model(**chosen), len(index)).float()
+        logits = logits_of(model(**select(index)), len(index), select(rows[:few])).float()
         return logits.nan_to_num(0.0, 0.0, 0.0)  # a masked logit is -inf with and without sharing
 
     trunk.stop()

@@ -9,11 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from conftest import HEADS, make_model, make_rows, train
+from head_models import build, rows_of
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    ASTFeatureExtractor,
     BertConfig,
     BertForMaskedLM,
     GPT2Config,
@@ -22,6 +26,8 @@ from transformers import (
     Trainer,
     set_seed,
 )
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from hf_rdrop import Consistency, RDropSeq2SeqTrainer, RDropTrainer
 from hf_rdrop.card_evidence import read_comparison, read_consistency
@@ -32,6 +38,7 @@ from hf_rdrop.consistency import Score
 from hf_rdrop.model_card import PLOT
 
 SHORT = Path(__file__).parents[1] / "model_cards" / "reference" / "short"
+MORE = ("question", "choice", "image", "audio")  # heads of head_models.py
 DATA = {"dataset_tags": "glue", "dataset": "GLUE MRPC", "dataset_args": "mrpc", "language": "en"}
 
 
@@ -68,6 +75,12 @@ def make_tokenizer():
     )
 
 
+def make_processor(head):
+    if head == "image":
+        return ViTImageProcessorPil(size={"height": 8, "width": 8}, image_mean=[0.5], image_std=[0.5])
+    return ASTFeatureExtractor(num_mel_bins=8, max_length=8) if head == "audio" else make_tokenizer()
+
+
 def make_language_model(kind):
     set_seed(0)
     small = {"vocab_size": 40, "initializer_range": 0.3}
@@ -84,7 +97,9 @@ def run(tmp_path, head="single", model=None, **args):
     if head in ("causal", "masked"):
         model = model or make_language_model(head)
         rows = [{**row, "labels": row["input_ids"]} for row in make_rows("single", 32)]
-    kwargs = {"processing_class": make_tokenizer(), **args.pop("trainer_kwargs", {})}
+    elif head in MORE:
+        model, rows = model or build(head, 0.1), rows_of(head, 32)
+    kwargs = {"processing_class": make_processor(head), **args.pop("trainer_kwargs", {})}
     trainer = train(
         model if model is not None else make_model(head),
         "single" if rows else head,
@@ -143,20 +158,31 @@ OBJECTIVES = {
     "seq2seq": "(CE_1 + CE_2) / 2 + 1.5 * sKL(P_1, P_2)",
     "causal": "(CE_1 + CE_2) / 2 + 1.5 * sKL(P_1, P_2)",
     "masked": "(CE_1 + CE_2) / 2 + 1.5 * sKL(P_1, P_2)",
+    **dict.fromkeys(MORE, "(CE_1 + CE_2) / 2 + 1.5 * sKL(P_1, P_2)"),
 }
-TASKS = {"token": "token-classification", "seq2seq": "text2text-generation", "causal": "text-generation"} | {
-    "masked": "fill-mask"
+TASKS = {
+    **{"token": "token-classification", "seq2seq": "text2text-generation", "causal": "text-generation"},
+    **{"masked": "fill-mask", "question": "question-answering", "choice": "multiple-choice"},
+    **{"image": "image-classification", "audio": "audio-classification"},
+}
+MEANS = {
+    **{"multi": "the same rows and labels", "question": "the same answers (start and end)"},
+    **dict.fromkeys(("token", "seq2seq", "causal", "masked"), "the same tokens"),
 }
 
 
-@pytest.mark.parametrize("head", [*HEADS, "causal", "masked"])
-def test_every_head(head, tmp_path, capsys):
+@pytest.mark.parametrize("head", [*HEADS, "causal", "masked", *MORE])
+def test_every_head(head, tmp_path, capsys, monkeypatch):
+    # (Where `transformers` asks for torchvision for Pillow's processors too: its oldest releases.)
+    monkeypatch.setattr(transformers, "AutoImageProcessor", AutoImageProcessor)
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (20, 10), "red").save("image.png")
     trainer = run(tmp_path, head, rdrop_alpha=3.0)
     trainer.state.log_history[-1]["eval_accuracy"] = 0.25
     trainer.save_model()
     text = card(trainer, **DATA)
     assert OBJECTIVES[head] in section(text, "R-Drop")
-    assert "0.1 (" in section(text, "R-Drop")
+    assert "0.1 (" in section(text, "R-Drop") and MEANS.get(head, "the same rows") in section(text, "R-Drop")
     data = data_of(trainer)
     (result,) = data.eval_results
     assert result.task_type == TASKS.get(head, "text-classification")
@@ -400,6 +426,114 @@ def test_economies_and_an_inert_term_are_told(tmp_path):
     assert "hardly changed the training" in text
 
 
+# ---- Variants of the objective ----
+
+VARIANTS = {
+    "agreement": (
+        {"rdrop_agreement": "jensen_shannon + 0.1 * hidden_states"},
+        [
+            *("(CE_1 + CE_2) / 2 + 1 * A(P_1, P_2)", "A = jensen_shannon + 0.1 * hidden_states", "1/2 KL(P||M)"),
+            *("averaged over layers,", "CE and what compares predictions are means", "within each micro-batch"),
+        ],
+    ),
+    "factor": ({"rdrop_agreement": "2 * symmetric_kl"}, ["1 * A(P_1, P_2)", "A = 2 * symmetric_kl"]),
+    "schedule": (
+        {"rdrop_alpha_schedule": "linear", "rdrop_alpha_warmup": 0.5},
+        ["`rdrop_alpha` 2 in the end", "rose to this value linearly over the first 50% of the optimizer steps"],
+    ),
+    "ramp": (
+        {"rdrop_alpha_schedule": "sigmoid", "rdrop_alpha_warmup": 1.0},
+        ["rose to this value as exp(-5 (1 - t)^2) for t from 0 to 1 over the whole training", "alpha / 2 * sKL was"],
+    ),
+    "steps": (
+        {"rdrop_alpha_schedule": "linear", "rdrop_alpha_warmup": 3},
+        ["linearly over the first 3 steps"],
+    ),
+    "sources": (
+        {"rdrop_layer_drop": 0.1, "rdrop_embedding_noise": 1e-5, "rdrop_second_dropout": 0},
+        ["each row skipped each hidden layer with probability 0.1", "deviation 1e-05", "dropout had the rate 0;"],
+    ),
+    "weights": (
+        {"rdrop_drop_connect": 0.3},
+        ["linear maps with probability 0.3", "(CE_1 + CE_2) / 2 + 1 * sKL"],
+    ),
+    "inserted": (
+        {"head": "causal", "rdrop_insert_dropout": 0.2},
+        ["dropout of rate 0.2 was put on the outputs of the attention and feed-forward blocks (the saved model has"],
+    ),
+    "target": (
+        {"rdrop_deterministic_target": True},
+        ["one pass with dropout (P_1) beside one without (P_0)", "CE_1 + 1 * sKL(P_0, P_1)", "a fixed target"],
+    ),
+    "unlabeled": (
+        {"rdrop_unlabeled": True},
+        ["CE is a mean over the labelled rows", "one over those of all its rows"],
+    ),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_are_told(variant, tmp_path):
+    args, told = VARIANTS[variant]
+    text = card(run(tmp_path, rdrop_alpha=2.0, **args))
+    part = " ".join(section(text, "R-Drop").split())
+    for words in told:
+        assert words in part
+    assert ("sKL" in part) == ("A =" not in part)
+    assert ("rose to" in part) == ("rdrop_alpha_schedule" in args)
+    assert ("Sources of sub-models" in part) == (variant in ("sources", "weights", "inserted"))
+    assert ("fixed target" in part) == (variant == "target") and ("labelled" in part) == (variant == "unlabeled")
+    column = "disagreement" if "A =" in part else "KL"
+    assert f"| CE | {column} | alpha/2 x {column} over CE |" in text
+    opening = text.partition("## ")[0]
+    assert ("dropout masks" in opening) == (variant not in ("sources", "weights", "inserted", "target"))
+    assert ("2 passes" in opening) == (variant != "target")
+
+
+def test_the_default_is_told_without_variants(trained):
+    part = section(card(trained), "R-Drop")
+    for words in ("A =", "rose to", "Sources", "fixed target", "labelled", "in the end", "logits_for_agreement"):
+        assert words not in part
+
+
+@pytest.mark.parametrize("head", ["multi", "regression"])
+def test_another_agreement_of_other_heads(head, tmp_path):
+    text = card(run(tmp_path, head, rdrop_agreement="squared_logits"))
+    part = " ".join(section(text, "R-Drop").split())
+    if head == "multi":
+        assert "(BCE_1 + BCE_2) / 2 + 0.5 * A(P_1, P_2)" in part and "each by itself (Bernoulli)" in part
+        assert "the squared difference of the scores before" in part
+    else:
+        assert "`squared_logits`: the squared difference of the predictions." in part and "probabilit" not in part
+        assert "| MSE | disagreement |" in text
+
+
+def test_the_share_follows_the_schedule(tmp_path):
+    """By the alpha of each log line, not by the last one."""
+    trainer = run(tmp_path, rdrop_alpha=2.0, rdrop_alpha_schedule="linear", rdrop_alpha_warmup=1.0, logging_steps=4)
+    (logged,) = [entry for entry in trainer.state.log_history if "kl_share" in entry]
+    assert logged["rdrop_alpha"] < 1.9
+    assert f"| {logged['kl_share']:.1%} |" in section(card(trainer), "Training by epoch")
+
+
+def test_a_function_for_the_agreement_is_told(tmp_path):
+    def logits(outputs, inputs):
+        return outputs.logits
+
+    trainer = run(tmp_path, trainer_kwargs={"logits_for_agreement": logits}, rdrop_alpha=2.0)
+    text = card(trainer)
+    part = " ".join(section(text, "R-Drop").split())
+    assert "(CE_1 + CE_2) / 2 + 1 * A(P_1, P_2)" in part and "`logits_for_agreement`" in part
+    assert "| CE | disagreement |" in text
+
+
+def test_without_a_processor(tmp_path):
+    for head, name in (("image", "image processor"), ("audio", "feature extractor"), ("choice", "tokenizer")):
+        trainer = run(tmp_path / head, head, trainer_kwargs={"processing_class": None})
+        text = card(trainer)
+        assert f"No {name} was saved with the model" in text and "Processor" not in section(text, "How to use it")
+
+
 def test_dropout_rates():
     model = make_model("single", 0.1)
     model.dropout.p = 0.3
@@ -444,6 +578,8 @@ def test_which_task_of_a_comparison():
     with pytest.raises(ValueError, match="no task 'qqp'"):
         read_comparison((found, "qqp"))
     assert read_comparison({"rows": [{**found["rows"][0], "differences": {}}]})["coverage"] == "75"
+    of_a_loss = [{**row, "lower_is_better": True} for row in found["rows"] if row["task"] == "mrpc"]
+    assert "lower is better | gain over baseline" in read_comparison({"rows": of_a_loss})["table"]
 
 
 def make_consistency(score=0.75):
