@@ -19,6 +19,7 @@ PLAIN, R_DROP = {"rdrop_alpha": 0.0}, {"rdrop_alpha": 3.0}
 SHARED = {**R_DROP, "rdrop_shared_layers": 1}
 FUSED = {**R_DROP, "rdrop_fused_head": "on"}
 INTERVAL = {**R_DROP, "rdrop_interval": 2}
+UNLABELED = {**R_DROP, "rdrop_unlabeled": True}
 # Thirteen rows for two processes: how the last batches are filled up, and to how many rows.
 UNEVEN = {
     "filled up": ({}, 16),
@@ -34,6 +35,7 @@ PARTS = {
             ("token", SHARED, ACCUMULATED),
             ("seq2seq", {**FUSED, **SHARED}, ACCUMULATED),
             ("causal", FUSED, ACCUMULATED),
+            *((head, UNLABELED, ACCUMULATED) for head in ("regression", "token")),
         ],
         "per rank": ["single", "token"],
         "uneven": ["filled up", "left as it is"],
@@ -45,6 +47,7 @@ PARTS = {
             *(("seq2seq", {**FUSED, **args}, ACCUMULATED) for args in ({}, INTERVAL)),
             *(("causal", {**FUSED, **args}, ACCUMULATED) for args in (SHARED, INTERVAL)),
             ("seq2seq", {**FUSED, **SHARED, **INTERVAL}, AT_ONCE),
+            *((head, UNLABELED, ACCUMULATED) for head in ("single", "multi", "seq2seq", "causal")),
         ],
         "per rank": ["multi", "regression", "seq2seq", "causal"],
         "uneven": ["accumulated", "dispatched"],
@@ -88,6 +91,15 @@ def make_any_rows(head, rows=16):
     return [{**row, "labels": [i or -100 for i in row["input_ids"]]} for row in make_rows("token", rows)]
 
 
+def hide_labels(row):
+    """The row without its labels: -100 in each place."""
+    hidden = {}
+    for name in {"labels", "start_positions", "end_positions"} & row.keys():
+        value = row[name]
+        hidden[name] = [type(x)(-100) for x in value] if isinstance(value, list) else type(value)(-100)
+    return {**row, **hidden}
+
+
 def make_passes_differ(model):
     """A mask for each of two passes before the head, in place of dropout: fixed, whichever rows are in a batch."""
     masks = (torch.rand(2, 16, generator=torch.Generator().manual_seed(3)) > 0.3).float()
@@ -97,7 +109,8 @@ def make_passes_differ(model):
         kept = masks.to(hidden.dtype).repeat_interleave(len(hidden) // 2, 0)
         return hidden * (kept[:, None] if hidden.dim() == 3 else kept) if module.training else hidden
 
-    head = next(module for name, module in model.named_modules() if name in ("classifier", "lm_head"))
+    heads = ("classifier", "lm_head", "qa_outputs", "cls")
+    head = next(module for name, module in model.named_modules() if name in heads)
     head.register_forward_pre_hook(drop)
 
 
@@ -154,6 +167,10 @@ class RecordingTrainer(RDropTrainer):
 def run(head, size, steps, model=None, rows=None, ddp_options=(), has_dropout=False, **args):
     """Plain gradient descent: by default two optimizer steps, each over the same 16 rows."""
     model, recorder = model or make_any_model(head), Recorder()
+    if rows is None:
+        rows = make_any_rows(head)
+        if args.get("rdrop_unlabeled"):  # two in five, wherever they land
+            rows = [hide_labels(row) if i % 5 < 2 else row for i, row in enumerate(rows)]
     if args.get("rdrop_alpha") and "rdrop_interval" not in args and not has_dropout:
         make_passes_differ(model)
     defaults = {"optim": "sgd", "learning_rate": 1e-2, "max_grad_norm": 100.0}  # the norm is logged, nothing clipped
@@ -163,7 +180,7 @@ def run(head, size, steps, model=None, rows=None, ddp_options=(), has_dropout=Fa
             model,
             head,
             type("Recording", (RecordingTrainer,), {"ddp_options": ddp_options}),
-            rows=make_any_rows(head) if rows is None else rows,
+            rows=rows,
             trainer_kwargs={"callbacks": [recorder]},
             per_device_train_batch_size=size,
             **{**defaults, "gradient_accumulation_steps": steps, **args},

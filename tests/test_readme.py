@@ -11,7 +11,9 @@ import consistency
 import init_model
 import pytest
 import run_clm
+import run_contrastive
 import run_glue
+import run_image_classification
 import run_ner
 import run_translation
 import sweep
@@ -39,6 +41,16 @@ SCRIPTS = {
         run_translation.ModelArguments,
         run_translation.TranslationArguments,
         run_translation.RDropSeq2SeqTrainingArguments,
+    ),
+    "run_contrastive.py": (
+        run_contrastive.ModelArguments,
+        run_contrastive.ContrastiveArguments,
+        run_contrastive.ContrastiveTrainingArguments,
+    ),
+    "run_image_classification.py": (
+        run_image_classification.ImageModelArguments,
+        run_image_classification.ImageArguments,
+        run_image_classification.RDropTrainingArguments,
     ),
     "init_model.py": (init_model.InitModelArguments,),
     "benchmark.py": (benchmark.BenchmarkArguments,),
