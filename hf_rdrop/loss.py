@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .agreements import OUTPUT_AGREEMENTS, parse_agreement
 from .functional import AGREEMENTS
 
 
@@ -60,6 +61,8 @@ class RDropLoss(nn.Module):
             `"multi_label_classification"` (BCE and Bernoulli KL per label) or `"regression"` (MSE and squared
             difference of the predictions).
         label_smoothing: share of the target given to the uniform distribution, in [0, 1); single-label only.
+        agreement: what stands in the place of sKL, a sum of terms such as `"jensen_shannon"` or
+            `"symmetric_kl + 0.1 * squared_logits"`: see `hf_rdrop.agreements.OUTPUT_AGREEMENTS`.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -73,7 +76,11 @@ class RDropLoss(nn.Module):
     """
 
     def __init__(
-        self, alpha: float = 1.0, problem_type: str = "single_label_classification", label_smoothing: float = 0.0
+        self,
+        alpha: float = 1.0,
+        problem_type: str = "single_label_classification",
+        label_smoothing: float = 0.0,
+        agreement: str = "symmetric_kl",
     ) -> None:
         super().__init__()
         check_alpha(alpha)
@@ -85,6 +92,12 @@ class RDropLoss(nn.Module):
             raise ValueError(
                 f"label_smoothing has no meaning for {problem_type}: it mixes one-hot targets with the uniform "
                 "distribution. Set it to 0."
+            )
+        self.terms = parse_agreement(agreement)
+        if unknown := [term.name for term in self.terms if term.name not in OUTPUT_AGREEMENTS]:
+            raise ValueError(
+                f"RDropLoss gets logits alone, and {unknown[0]} compares hidden states: choose of "
+                f"{', '.join(OUTPUT_AGREEMENTS)}, or use RDropTrainer (rdrop_agreement)."
             )
         self.alpha = alpha
         self.problem_type = problem_type
@@ -126,7 +139,7 @@ class RDropLoss(nn.Module):
                 label_smoothing=self.label_smoothing,
             )
             ce = ce_sum / (mask.sum() * len(passes)).clamp(min=1)
-            kl = AGREEMENTS[self.problem_type](logits, mask)
+            kl = self._agreement(logits, mask)
         else:
             if self.problem_type == "regression" and logits_a.shape == (*labels.shape, 1):
                 logits = logits.squeeze(-1)
@@ -135,8 +148,13 @@ class RDropLoss(nn.Module):
             criterion = F.mse_loss if self.problem_type == "regression" else F.binary_cross_entropy_with_logits
             ce_sum = criterion(logits, labels.to(logits.dtype).expand_as(logits), reduction="sum")
             ce = ce_sum / max(logits.numel(), 1)
-            kl = AGREEMENTS[self.problem_type](logits, None)
+            kl = self._agreement(logits, None)
         return RDropLossOutput(ce + self.alpha / 2 * kl, ce, kl)
+
+    def _agreement(self, logits: Tensor, mask: Tensor | None) -> Tensor:
+        """What the passes `[m, ...]` are asked for."""
+        values = [term.factor * OUTPUT_AGREEMENTS[term.name](logits, mask, self.problem_type) for term in self.terms]
+        return torch.stack(values).sum()
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}, problem_type={self.problem_type!r}, label_smoothing={self.label_smoothing}"

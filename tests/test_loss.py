@@ -8,6 +8,7 @@ from reference import naive_cross_entropy, naive_symmetric_kl, torch_reference
 from torch import nn
 
 from hf_rdrop import RDropLoss
+from hf_rdrop.agreements import OUTPUT_AGREEMENTS
 from hf_rdrop.batch import repeat_batch, split_passes
 
 
@@ -157,3 +158,25 @@ def test_labels_that_are_no_class_indices():
     assert RDropLoss()(logits, logits, torch.tensor([0, 2], dtype=torch.int32)).ce == pytest.approx(1.0986, rel=1e-4)
     with pytest.raises(ValueError, match="one class index per item"):
         RDropLoss()(torch.tensor(0.0), torch.tensor(0.0), torch.tensor(0))
+
+
+@pytest.mark.parametrize("problem_type", ["single_label_classification", "multi_label_classification"])
+def test_another_agreement(problem_type):
+    torch.manual_seed(0)
+    a, b, c = torch.randn(3, 6, 4)
+    labels = torch.tensor([0, 1, -100, 3, 2, 1]) if problem_type.startswith("single") else torch.ones(6, 4)
+    mask = labels != -100 if problem_type.startswith("single") else None
+    loss, ce, kl = RDropLoss(3.0, problem_type, agreement="jensen_shannon + 0.5 * squared_logits")(a, b, labels, c)
+    logits = torch.stack((a, b, c))
+    parts = (OUTPUT_AGREEMENTS[name](logits, mask, problem_type) for name in ("jensen_shannon", "squared_logits"))
+    expected = sum(factor * part for factor, part in zip((1, 0.5), parts, strict=True))
+    torch.testing.assert_close(kl, expected)
+    torch.testing.assert_close(loss, ce + 1.5 * expected)
+    assert ce == RDropLoss(3.0, problem_type)(a, b, labels, c).ce
+
+
+def test_an_agreement_of_hidden_states_is_not_for_logits():
+    with pytest.raises(ValueError, match="hidden_states compares hidden states"):
+        RDropLoss(agreement="hidden_states")
+    with pytest.raises(ValueError, match="jensen_shannon"):
+        RDropLoss(agreement="jensen")

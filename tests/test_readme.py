@@ -35,7 +35,12 @@ CARDS = sorted((ROOT / "model_cards" / "reference").rglob("cards/*.md"))
 METHOD_CARD = (ROOT / "model_cards" / "r-drop.md").read_text("utf-8")
 SCRIPTS = {
     "run_clm.py": (run_clm.ModelArguments, run_clm.ClmArguments, run_clm.RDropTrainingArguments),
-    "run_glue.py": (run_glue.ModelArguments, run_glue.GlueArguments, run_glue.RDropTrainingArguments),
+    "run_glue.py": (
+        run_glue.ModelArguments,
+        run_glue.GlueArguments,
+        run_glue.UnlabeledArguments,
+        run_glue.RDropTrainingArguments,
+    ),
     "run_ner.py": (run_ner.ModelArguments, run_ner.NerArguments, run_ner.RDropTrainingArguments),
     "run_translation.py": (
         run_translation.ModelArguments,
