@@ -73,6 +73,7 @@ class Objective:
             passes = 1
             with torch.no_grad(), dropout_off(model):
                 fixed = self._predictions(model(**inputs, **extra), inputs, labels, 1)
+            torch.clear_autocast_cache()  # torch before 2.8 would use its casts in the pass that learns
         repeated = {**(trainer.repeat(inputs, passes) if passes > 1 else inputs), **extra}
         ce, returned, recorded = self._ce(model, repeated, labels, passes)
         name = trainer._parent_loss

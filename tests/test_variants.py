@@ -95,6 +95,18 @@ def test_a_deterministic_target_is_one_pass_that_learns_beside_one_without_dropo
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
 
 
+def test_a_deterministic_target_trains_every_weight_under_autocast(tmp_path):
+    """The casts that autocast keeps of the pass without gradient must not serve the one with it."""
+    model = make_model("single", 0.2)
+    trainer = make_trainer(model, "single", tmp_path, rdrop_deterministic_target=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = trainer.compute_loss(model, batch_of("single", model))
+    loss.backward()
+    assert all(
+        p.grad is not None and p.grad.abs().sum() > 0 for n, p in model.named_parameters() if "key.bias" not in n
+    )
+
+
 SOURCES = [
     {"rdrop_layer_drop": 0.4},
     {"rdrop_drop_connect": 0.2},
