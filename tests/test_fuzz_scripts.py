@@ -168,9 +168,9 @@ class Bench:
         arguments = self.arguments_of(argv, monkeypatch)
 
         def parse(classes, files, _):
-            model_args, data_args, training_args = arguments
+            model_args, data_args, *others = arguments
             named = {f"{split}_file": str(path) for split, path in files.items()}
-            return [model_args, dataclasses.replace(data_args, **named), training_args]
+            return [model_args, dataclasses.replace(data_args, **named), *others]
 
         def load_model(auto_class, head, model_args, config, tokenizer):
             return SimpleNamespace(config=config, generation_config=SimpleNamespace())
