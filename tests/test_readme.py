@@ -123,7 +123,8 @@ def test_python_examples(block, tmp_path, monkeypatch):
 
 def check_comparison(comparison):
     runs = compare.plan(comparison, choose(comparison, plan_trials(comparison), guess=True))
-    assert {run.arm for run in runs} >= {"baseline", "rdrop"}
+    arms = {run.arm for run in runs}
+    assert "baseline" in arms and any(arm.startswith("rdrop") for arm in arms)
     for run in runs:
         parse_arguments(SCRIPTS[run.script], [*run.arguments, "--output_dir", "x"], None)
 
