@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from .dropout import inspect_dropout, is_stochastic
+from .dropout import describe_sources, inspect_dropout, is_stochastic
 from .heads import ANSWER, SUPPORTED_HEADS
 from .loss import check_alpha
 
@@ -110,10 +110,9 @@ def check_stochastic(model: nn.Module) -> None:
     """
     sources = inspect_dropout(model)
     if not is_stochastic(sources):
-        found = ", ".join(sorted({f"{s.name.rpartition('.')[2]} ({s.kind}) = {s.rate:g}" for s in sources}))
         raise ValueError(
             "Nothing in this model is stochastic in a way that differs between the passes, so they would be "
-            f"identical, the KL term always 0, and the second pass wasted. Found: {found or 'no dropout at all'}. "
+            f"identical, the KL term always 0, and the second pass wasted. Found: {describe_sources(sources)}. "
             "Set a dropout rate with rdrop_dropout=0.1 (--rdrop_dropout 0.1 on a command line, or "
             "hf_rdrop.set_dropout(model, 0.1)), or set rdrop_alpha to 0 (--rdrop_alpha 0)."
         )

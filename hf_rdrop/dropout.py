@@ -162,6 +162,12 @@ def is_stochastic(sources: Iterable[DropoutSource]) -> bool:
     return any(source.kind != "layerdrop" and 0 < source.rate < 1 for source in sources)
 
 
+def describe_sources(sources: Iterable[DropoutSource]) -> str:
+    """The places by their last names with kind and rate, each kind of place once, for a message."""
+    found = {f"{s.name.rpartition('.')[2]} ({s.kind}) = {s.rate:g}" for s in sources}
+    return ", ".join(sorted(found)) or "no dropout at all"
+
+
 def set_dropout(model: nn.Module, p: float) -> None:
     """Set every dropout of `model` to `p`, in place: in its modules and in its configs.
 

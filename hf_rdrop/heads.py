@@ -11,8 +11,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
 )
 
+from .agreements import OUTPUT_AGREEMENTS
 from .batch import stack_passes
-from .functional import AGREEMENTS
 
 SUPPORTED_HEADS = (
     "classification of sequences, images and audio (single-label, multi-label, regression), token classification, "
@@ -24,14 +24,14 @@ ANSWER = ("start_positions", "end_positions")
 
 
 class Head(NamedTuple):
-    """How the passes of one head are compared: a key of `AGREEMENTS` and the mask of the items that count."""
+    """How the passes of one head are compared: a key of `functional.AGREEMENTS`, and the mask of what counts."""
 
     problem_type: str
     mask: Tensor | None
 
-    def agreement(self, logits: Tensor, passes: int) -> Tensor:
-        """Mean disagreement of the passes for the logits `[m * B, ...]` of a repeated batch."""
-        return AGREEMENTS[self.problem_type](stack_passes(logits, passes), self.mask)
+    def agreement(self, logits: Tensor, passes: int, name: str = "symmetric_kl") -> Tensor:
+        """Mean disagreement of the passes for the logits `[m * B, ...]` of a repeated batch, one of `agreements`."""
+        return OUTPUT_AGREEMENTS[name](stack_passes(logits, passes), self.mask, self.problem_type)
 
 
 def find_labels(inputs: Mapping[str, Any], names: Iterable[str] = ()) -> Tensor | None:
@@ -61,8 +61,9 @@ def without_answers(inputs: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     cut in two they count one half: their loss, the mean of that of starts and that of ends, would then not be a mean
     over items (and nan for a batch without any end).
     """
-    is_known = not _class_names(model).isdisjoint(MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES.values())
-    if not is_known or not all(isinstance(inputs.get(name), Tensor) for name in ANSWER):
+    if not all(isinstance(inputs.get(name), Tensor) for name in ANSWER):
+        return inputs
+    if _class_names(model).isdisjoint(MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES.values()):
         return inputs
     lost = (_answers(inputs) == -100)[:, 0]
     return {**inputs, **{n: inputs[n].masked_fill(lost.view_as(inputs[n]), _length(inputs)) for n in ANSWER}}
@@ -115,9 +116,11 @@ def items_to_compare(
     Returns:
         Boolean mask of the labels' shape.
     """
+    if labels.dim() < 2 or labels.is_floating_point():
+        return torch.ones_like(labels, dtype=torch.bool)
     counted = valid_items(labels, shift_labels)
-    if labels.dim() != 2 or labels.is_floating_point() or ANSWER[0] in inputs:
-        return torch.ones_like(counted) if labels.dim() < 2 or labels.is_floating_point() else counted | _bare(labels)
+    if labels.dim() > 2 or ANSWER[0] in inputs:
+        return counted | _bare(labels)
     is_pair = getattr(config, "is_encoder_decoder", False)
     mask, ids = inputs.get("decoder_attention_mask" if is_pair else "attention_mask"), inputs.get("decoder_input_ids")
     if mask is None and is_pair:

@@ -132,8 +132,7 @@ class Objective:
     def _distance(self, term: Term, found: _Predictions, passes: int) -> Tensor:
         """The value of one term."""
         if term.name in OUTPUT_AGREEMENTS:
-            head = found.head
-            return OUTPUT_AGREEMENTS[term.name](stack_passes(found.logits, passes), head.mask, head.problem_type)
+            return found.head.agreement(found.logits, passes, term.name)
         if term.name == "hidden_states":
             values = [hidden_state_agreement(layers, passes, mask) for layers, mask in found.hidden]
             return torch.stack(values).mean()

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from hf_rdrop.batch import repeat_batch, split_passes
 from hf_rdrop.checks import check_processes
 from hf_rdrop.contrastive import POOLINGS, check_temperature, info_nce, pool
-from hf_rdrop.dropout import inspect_dropout, is_stochastic
+from hf_rdrop.dropout import describe_sources, inspect_dropout, is_stochastic
 from hf_rdrop.hub import CleanPushMixin
 from hf_rdrop.loss_log import LossLog
 from hf_rdrop.resuming import ResumeMixin, set_epoch
@@ -128,11 +128,10 @@ class ContrastiveTrainer(ScriptMixin, CleanPushMixin, ResumeMixin, Trainer):
             )
         sources = inspect_dropout(self.model)
         if not args.neftune_noise_alpha and not is_stochastic(sources):
-            found = ", ".join(sorted({f"{s.name.rpartition('.')[2]} ({s.kind}) = {s.rate:g}" for s in sources}))
             raise ValueError(
                 "Nothing in this model is stochastic in a way that differs between the passes, so both embeddings of "
                 "a sentence would be the same, and the loss would only push sentences apart. Found: "
-                f"{found or 'no dropout at all'}. Set a dropout rate with --dropout 0.1."
+                f"{describe_sources(sources)}. Set a dropout rate with --dropout 0.1."
             )
 
     # ---- The objective ----
