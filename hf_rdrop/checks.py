@@ -10,6 +10,7 @@ from transformers import Trainer, TrainingArguments
 from .dropout import describe_sources, inspect_dropout, is_stochastic
 from .heads import ANSWER, SUPPORTED_HEADS
 from .loss import check_alpha
+from .places import embeds_with_noise
 
 if TYPE_CHECKING:
     from .trainer import RDropMixin
@@ -74,7 +75,8 @@ def check_training_setup(trainer: "RDropMixin") -> None:
             "so neither the passes nor the valid items can be told apart there. Use data parallelism (DDP, FSDP, "
             "DeepSpeed ZeRO), or set rdrop_alpha to 0."
         )
-    if not trainer.args.neftune_noise_alpha and not differs:  # that noise differs between the passes too
+    has_noise = trainer.args.neftune_noise_alpha and embeds_with_noise(trainer.base_model)
+    if not has_noise and not differs:  # that noise differs between the passes too
         check_stochastic(trainer.base_model)
 
 

@@ -98,3 +98,15 @@ def input_embeddings(model: Any) -> list[nn.Module]:
             except NotImplementedError:
                 continue
     return [module for module in dict.fromkeys(found) if isinstance(module, nn.Module)]
+
+
+def embeds_with_noise(model: Any) -> bool:
+    """Whether Trainer's NEFTune acts on a model.
+
+    It hooks the module that `get_input_embeddings` names. BART, T5 and their like name one there that they never call:
+    their encoder and decoder have embeddings of their own, with the same weights.
+    """
+    base = getattr(model, "base_model", model)
+    found = [input_embeddings(part) for part in (getattr(base, "encoder", None), getattr(base, "decoder", None))]
+    inner = [module for modules in found for module in modules]
+    return not inner or model.get_input_embeddings() in inner

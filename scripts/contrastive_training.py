@@ -16,6 +16,7 @@ from hf_rdrop.contrastive import POOLINGS, check_temperature, info_nce, pool
 from hf_rdrop.dropout import describe_sources, inspect_dropout, is_stochastic
 from hf_rdrop.hub import CleanPushMixin
 from hf_rdrop.loss_log import LossLog
+from hf_rdrop.places import embeds_with_noise
 from hf_rdrop.resuming import ResumeMixin, set_epoch
 
 HEAD = "contrastive_head"  # the attribute of the model that holds SimCSE's MLP while it is trained
@@ -127,7 +128,8 @@ class ContrastiveTrainer(ScriptMixin, CleanPushMixin, ResumeMixin, Trainer):
                 "training, too. Leave them out (--bf16 evaluates in bfloat16)."
             )
         sources = inspect_dropout(self.model)
-        if not args.neftune_noise_alpha and not is_stochastic(sources):
+        has_noise = args.neftune_noise_alpha and embeds_with_noise(self.model)
+        if not has_noise and not is_stochastic(sources):
             raise ValueError(
                 "Nothing in this model is stochastic in a way that differs between the passes, so both embeddings of "
                 "a sentence would be the same, and the loss would only push sentences apart. Found: "

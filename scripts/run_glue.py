@@ -105,7 +105,7 @@ def main(
         consistency_samples=data_args.consistency_samples,
         train_dataset=data.get("train"),
         unlabeled=unlabeled,
-        unlabeled_ratio=unlabeled_args.unlabeled_ratio,
+        unlabeled_ratio=unlabeled_args.ratio,
         eval_dataset=next(iter(validation.values()), None),
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=padding_multiple(training_args)),

@@ -22,14 +22,12 @@ class UnlabeledMixin:
         unlabeled_ratio: how many of them come with each labelled row.
     """
 
-    unlabeled_ratio = RATIO
-
     def __init__(
-        self, *args: Any, unlabeled: Dataset | None = None, unlabeled_ratio: int | None = None, **kwargs: Any
+        self, *args: Any, unlabeled: Dataset | None = None, unlabeled_ratio: int = RATIO, **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.unlabeled_ratio = unlabeled_ratio
         if unlabeled is not None:
-            self.unlabeled_ratio = unlabeled_ratio or RATIO
             # (Here, because the Trainer knows the columns of `datasets` only.)
             parts = (self._remove_unused_columns(part, "training") for part in (self.train_dataset, unlabeled))
             self.train_dataset: Any = _MixedRows(*parts)

@@ -58,6 +58,11 @@ class UnlabeledArguments:
         names = ("unlabeled_file", "unlabeled_from_train")
         return next((f"--{name}" for name in names if getattr(self, name)), None)
 
+    @property
+    def ratio(self) -> int:
+        """How many of them come with each labelled row."""
+        return self.unlabeled_ratio or RATIO
+
 
 def load_unlabeled(
     unlabeled_args: UnlabeledArguments,
@@ -97,8 +102,7 @@ def load_unlabeled(
         logger.info("The %d rows of %s are left out: without agreement they add nothing.", len(rows), source)
         return None
     training_args.rdrop_unlabeled = True
-    ratio = unlabeled_args.unlabeled_ratio or RATIO
-    logger.info("%d rows without labels (%s), %d beside each labelled one.", len(rows), source, ratio)
+    logger.info("%d rows without labels (%s), %d beside each labelled one.", len(rows), source, unlabeled_args.ratio)
     return rows
 
 

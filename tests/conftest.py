@@ -8,6 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+import script_data as made
 import torch
 from transformers import (
     BertConfig,
@@ -172,3 +173,9 @@ HEADS = ("single", "multi", "regression", "token", "seq2seq")
 @pytest.fixture(params=HEADS)
 def head(request):
     return request.param
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory):
+    """Folder of a tiny BERT without a head, for the scripts."""
+    return made.make_encoder(tmp_path_factory.mktemp("encoder"))

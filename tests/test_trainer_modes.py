@@ -5,9 +5,11 @@ import logging
 
 import pytest
 import torch
-from conftest import HEADS, InOrder, make_collator, make_model, make_rows, step_logs, train
+from conftest import HEADS, VOCAB, InOrder, make_collator, make_model, make_rows, step_logs, train
 from short_runs import ALPHA, TINY, make_llama, refuse, run, values
 from transformers import (
+    AutoConfig,
+    AutoModelForSeq2SeqLM,
     EarlyStoppingCallback,
     MptConfig,
     MptForCausalLM,
@@ -163,6 +165,19 @@ def test_neftune_alone_makes_the_passes_differ():
 
 def test_neftune_below_shared_layers_is_not_enough():
     refuse(make_model("single", 0.0), "rdrop_shared_layers", neftune_noise_alpha=5.0, rdrop_shared_layers=1)
+
+
+@pytest.mark.parametrize("kind", ["bart", "t5"])
+def test_neftune_on_embeddings_that_are_not_called_is_not_enough(kind):
+    sizes = {
+        "bart": {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+        | {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "dropout": 0.0, "forced_eos_token_id": 1},
+        "t5": {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.0},
+    }
+    config = AutoConfig.for_model(kind, vocab_size=VOCAB, decoder_start_token_id=0, pad_token_id=0, **sizes[kind])
+    model = AutoModelForSeq2SeqLM.from_config(config)
+    refuse(model, "Nothing in this model is stochastic", "seq2seq", neftune_noise_alpha=5.0)
+    train(model, "seq2seq", neftune_noise_alpha=5.0, rdrop_dropout=0.1, max_steps=1)
 
 
 def test_neftune_and_the_fused_head():

@@ -8,7 +8,7 @@ import pytest
 import run_glue
 import script_data as made
 from accelerate.data_loader import BatchSamplerShard
-from test_scripts import arguments, assert_same_weights, classification, encoder, logged, write_splits  # noqa: F401
+from script_runs import arguments, assert_same_weights, classification, logged, write_splits
 from torch.utils.data import BatchSampler, SequentialSampler
 from unlabeled_batches import MixedSampler
 
@@ -47,7 +47,7 @@ def batches(monkeypatch):
         ("multi-label", "unlabeled.jsonl", {"other": 3}),
     ],
 )
-def test_a_file_without_labels(tmp_path, encoder, batches, kind, name, more, caplog):  # noqa: F811
+def test_a_file_without_labels(tmp_path, encoder, batches, kind, name, more, caplog):
     files = write_splits(tmp_path, classification(kind))
     extra = made.write(tmp_path / name, unlabeled_rows(kind, 30, **more))
     with caplog.at_level(logging.INFO):
@@ -72,7 +72,7 @@ def test_a_file_without_labels(tmp_path, encoder, batches, kind, name, more, cap
 
 
 @pytest.mark.parametrize("order", [[], ["--train_sampling_strategy=group_by_length"]])
-def test_labelled_rows_come_as_without_the_others_which_take_turns(tmp_path, encoder, batches, order):  # noqa: F811
+def test_labelled_rows_come_as_without_the_others_which_take_turns(tmp_path, encoder, batches, order):
     files = write_splits(tmp_path, classification("names"), sizes=(20, 4, 4))
     extra = made.write(tmp_path / "extra.jsonl", unlabeled_rows("names", 25))
     runs = {}
@@ -93,7 +93,7 @@ def test_labelled_rows_come_as_without_the_others_which_take_turns(tmp_path, enc
 
 def test_they_change_what_is_learned_but_not_the_number_of_steps_and_alpha_0_leaves_them_out(
     tmp_path,
-    encoder,  # noqa: F811
+    encoder,
     batches,
     caplog,
 ):
@@ -111,7 +111,7 @@ def test_they_change_what_is_learned_but_not_the_number_of_steps_and_alpha_0_lea
     assert len(logged(tmp_path / "plain1")) == len(logged(tmp_path / "mixed1"))
 
 
-def test_labels_of_the_training_rows_left_out_are_never_seen(tmp_path, encoder, batches):  # noqa: F811
+def test_labels_of_the_training_rows_left_out_are_never_seen(tmp_path, encoder, batches):
     rows = made.classification_rows("names", 40, 0)
     chosen = ["--max_train_samples=10", "--sample_seed=3", "--unlabeled_from_train=20", "--unlabeled_ratio=2"]
     line = [*chosen, "--per_device_train_batch_size=10", "--max_steps=2", "--rdrop_alpha=1"]
@@ -144,7 +144,7 @@ def test_labels_of_the_training_rows_left_out_are_never_seen(tmp_path, encoder, 
 @pytest.mark.parametrize(
     "order", [[], pytest.param(["--train_sampling_strategy=group_by_length"], marks=pytest.mark.slow)]
 )
-def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, encoder, batches, order):  # noqa: F811
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, encoder, batches, order):
     """From the middle of the second epoch, with dropout."""
     files = write_splits(tmp_path, classification("names"), sizes=(20, 4, 4))
     extra = ["--unlabeled_file", made.write(tmp_path / "extra.csv", unlabeled_rows("names", 7))]
@@ -178,7 +178,7 @@ def test_processes_take_their_batches_from_one_sequence(rows):
     assert sum(counts) == 48 and max(counts) - min(counts) <= 2  # of parts of two rounds at most
 
 
-def test_processes_that_load_the_data(tmp_path, encoder, batches):  # noqa: F811
+def test_processes_that_load_the_data(tmp_path, encoder, batches):
     files = write_splits(tmp_path, classification("names"))
     extra = ["--unlabeled_file", made.write(tmp_path / "extra.csv", unlabeled_rows("names", 9))]
     runs = []
@@ -205,7 +205,7 @@ def test_processes_that_load_the_data(tmp_path, encoder, batches):  # noqa: F811
         ("extra.jsonl", ["a film"], "is no JSON object"),
     ],
 )
-def test_bad_files_are_refused(tmp_path, encoder, name, rows, message):  # noqa: F811
+def test_bad_files_are_refused(tmp_path, encoder, name, rows, message):
     files = write_splits(tmp_path, classification("names"))
     if rows is not None:
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -229,7 +229,7 @@ def test_bad_files_are_refused(tmp_path, encoder, name, rows, message):  # noqa:
         (["--unlabeled_file={}", "--train_sampling_strategy=batch_rebalance"], "batch_rebalance"),
     ],
 )
-def test_bad_arguments_are_refused(tmp_path, encoder, line, message):  # noqa: F811
+def test_bad_arguments_are_refused(tmp_path, encoder, line, message):
     files = write_splits(tmp_path, classification("names"))
     extra = made.write(tmp_path / "extra.csv", unlabeled_rows("names", 5))
     line = [argument.format(extra) for argument in line]
@@ -238,7 +238,7 @@ def test_bad_arguments_are_refused(tmp_path, encoder, line, message):  # noqa: F
     assert not (tmp_path / "out").exists()
 
 
-def test_rows_without_labels_need_training(tmp_path, encoder):  # noqa: F811
+def test_rows_without_labels_need_training(tmp_path, encoder):
     files = write_splits(tmp_path, classification("names"))
     extra = made.write(tmp_path / "extra.csv", unlabeled_rows("names", 5))
     with pytest.raises(ValueError, match="it needs --do_train"):
