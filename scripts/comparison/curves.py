@@ -52,7 +52,8 @@ def plot_curves(runs: Sequence[Mapping[str, Any]], tasks: Sequence[str], arms: S
         for axis in axes[:, column]:
             axis.set_yscale("log")
             axis.xaxis.set_major_locator(MaxNLocator(4, steps=(1, 2, 5, 10)))
-            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            low, high = axis.get_ylim()
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
             axis.yaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_minor_locator(NullLocator())
             axis.tick_params(labelsize=8)
