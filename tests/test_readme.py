@@ -135,7 +135,7 @@ def check_comparison(comparison):
 def test_bash_examples_parse(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model_cards").symlink_to(ROOT / "model_cards")
-    for name in ("DATA", "ENCODER", "MODEL"):
+    for name in ("DATA", "ENCODER", "MODEL", "VIT"):
         monkeypatch.setenv(name, name.lower())
     _, script, *arguments = shlex.split(command)
     script = Path(script).name
