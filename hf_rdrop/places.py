@@ -107,6 +107,6 @@ def embeds_with_noise(model: Any) -> bool:
     their encoder and decoder have embeddings of their own, with the same weights.
     """
     base = getattr(model, "base_model", model)
-    found = [input_embeddings(part) for part in (getattr(base, "encoder", None), getattr(base, "decoder", None))]
-    inner = [module for modules in found for module in modules]
+    parts = (getattr(base, "encoder", None), getattr(base, "decoder", None))
+    inner = [module for part in parts for module in input_embeddings(part)]
     return not inner or model.get_input_embeddings() in inner
