@@ -5,6 +5,7 @@ import math
 import pytest
 from comparison.cost import MIN_EXTRA_COST, Cost, gain_per_cost
 from comparison.rows import AVERAGE, make_report, points, trial_scores
+from comparison.tables import summary, task_table
 from comparison_data import ARMS, METRICS, make_run, make_runs
 
 
@@ -135,6 +136,17 @@ def test_average_is_by_seed_over_complete_tasks():
     three = [*make_runs(), *(dict(run, task="more") for run in make_runs()[:3])]
     report = make_report(three, {**METRICS, "more": "eval_f1"}, ARMS)
     assert report.averaged == ["ner", "mt"] and report.not_averaged == ["more"]
+
+
+def test_an_arm_of_some_tasks_only_is_left_out_of_the_average():
+    others = [dict(run, arm="own") for run in make_runs() if (run["task"], run["arm"]) == ("ner", "rdrop-shared")]
+    report = make_report([*make_runs(), *others], METRICS, [*ARMS, "own"])
+    assert report.averaged == ["ner", "mt"] and "own" in report.of_task("ner")
+    assert list(report.of_task(AVERAGE)) == list(make_report(make_runs(), METRICS, ARMS).of_task(AVERAGE))
+    assert "Not here, because they lack a seed of one of these: own." in task_table(report, AVERAGE)[2]
+    assert [line.split(" | ")[-2:] for line in summary(report) if line.startswith("| own ")] == [["–", "– |"]]
+    without_rdrop = [run for run in [*make_runs(), *others] if run["arm"] != "rdrop"]
+    assert make_report(without_rdrop, METRICS, [*ARMS, "own"]).average == []
 
 
 def test_time_is_the_processors_on_a_cpu_and_the_walls_elsewhere():

@@ -70,8 +70,10 @@ class Report:
 
     Attributes:
         rows: by task, then by arm.
-        average: rows of the mean over `averaged` tasks, empty when these are fewer than two.
-        averaged: tasks in which every arm has every seed, and higher scores are better.
+        average: rows of the mean over `averaged` tasks, of the arms that have every seed of them; empty when these are
+            fewer than two.
+        averaged: tasks in which the baseline and `rdrop` have every seed (every arm where there is no `rdrop`), and
+            higher scores are better.
         not_averaged: the others.
         without_score: runs whose score is not a finite number, with that score; no figure contains them.
     """
@@ -217,24 +219,26 @@ def _secondary(runs: Mapping[int, Mapping[str, Any]], metric: str) -> dict[str, 
 
 
 def _average(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
-    """Rows of the mean over the tasks in which every arm has every seed, and these tasks; losses are left out."""
+    """Rows of the mean over the tasks that are averaged, and these tasks (see `Report`)."""
     arms = list(dict.fromkeys(row.arm for row in rows))
     seeds = {seed for row in rows for seed in row.scores}
-    by_task: dict[str, dict[str, Row]] = {}
+    # A further arm that was run on some tasks only is not in the average; it doesn't take these tasks out of it.
+    needed = {BASELINE, RDROP} if RDROP in arms else set(arms)
+    complete: dict[str, dict[str, Row]] = {}
     for row in rows:
-        by_task.setdefault(row.task, {})[row.arm] = row
-    complete = {
-        task: of_task
-        for task, of_task in by_task.items()
-        if of_task.keys() == set(arms)
-        and all(row.scores.keys() == seeds and not row.lower_is_better for row in of_task.values())
-    }
-    if len(complete) < 2:
+        if row.scores.keys() == seeds and not row.lower_is_better:
+            complete.setdefault(row.task, {})[row.arm] = row
+    averaged = {task: of_task for task, of_task in complete.items() if needed <= of_task.keys()}
+    if len(averaged) < 2:
         return [], []
-    chosen = {arm: [of_task[arm] for of_task in complete.values()] for arm in arms}
+    chosen = {
+        arm: [of_task[arm] for of_task in averaged.values()]
+        for arm in arms
+        if all(arm in of_task for of_task in averaged.values())
+    }
     scores = {
         arm: {seed: statistics.fmean(row.scores[seed] for row in of_arm) for seed in sorted(seeds)}
         for arm, of_arm in chosen.items()
     }
     costs = {arm: mean_cost([row.cost for row in of_arm]) for arm, of_arm in chosen.items()}
-    return _make_rows(AVERAGE, "score", scores, costs, {}), list(complete)
+    return _make_rows(AVERAGE, "score", scores, costs, {}), list(averaged)

@@ -77,7 +77,8 @@ def summary(report: Report) -> list[str]:
     rows = [[arm, *(spread(of[arm]) if arm in of else NOTHING for of in tables.values())] for arm in arms]
     if report.average:
         names.append("average gain [95%]")
-        rows = [[*cells, gain(of[cells[0]].gain)] for cells in rows for of in [tables[AVERAGE]]]
+        of = tables[AVERAGE]
+        rows = [[*cells, gain(of[arm].gain) if arm in of else NOTHING] for arm, cells in zip(arms, rows, strict=True)]
     return ["## Summary", "", *table_lines(["arm", *names], rows)]
 
 
@@ -95,6 +96,8 @@ def task_table(report: Report, task: str) -> list[str]:
         if report.not_averaged:
             left_out = ", ".join(report.not_averaged)
             lines[-1] += f" Left out, because an arm lacks a seed, or lower is better: {left_out}."
+        if missing := [arm for arm in dict.fromkeys(row.arm for row in report.rows) if arm not in rows]:
+            lines[-1] += f" Not here, because they lack a seed of one of these: {', '.join(missing)}."
         lines.append("")
     columns = [
         "arm",
