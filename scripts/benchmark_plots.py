@@ -5,15 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from benchmark_loss import CLOSED_FORM, OFFICIAL
 from benchmark_loss import FUSED as FUSED_LOSS
 from benchmark_report import AXES, Group, arm_label, memory_ratio, time_ratio
 from benchmark_steps import DOUBLED, FUSED, PLAIN, RDROP, TRUNK_3_4, TWO_FORWARDS
-from PIL import Image
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from comparison.style import plt, save
 
 _ARM_COLOURS = {
     **{PLAIN: "#999999", DOUBLED: "#666666", TWO_FORWARDS: "#E69F00", RDROP: "#0072B2", FUSED: "#D55E00"},
@@ -32,10 +28,8 @@ def plot(groups: Sequence[Group], folder: Path) -> list[Path]:
         if chosen := [group for group in groups if group["section"] == section and group["arms"]]:
             figure = draw(chosen)
             made.append(folder / f"{section}.png")
-            figure.savefig(made[-1], dpi=110)
-            plt.close(figure)
-            with Image.open(made[-1]) as picture:  # a third of the size, and no difference to see
-                picture.convert("RGB").quantize(64).save(made[-1], optimize=True)
+            figure.set_dpi(110)
+            save(figure, made[-1])
     return made
 
 

@@ -3,13 +3,14 @@
 import itertools
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 from comparison.curves import plot_alphas, plot_curves
 from comparison.plots import pareto_front, plot_all, plot_gains, plot_pareto
 from comparison.rows import make_report
-from comparison.style import fullest, place_labels, styles
+from comparison.style import DPI, GREYS, fullest, place_labels, save, styles
 from comparison_data import ARMS, METRICS, make_choices, make_runs
-from PIL import Image
+from PIL import Image, ImageColor
 
 
 def test_all_pictures(tmp_path):
@@ -91,6 +92,22 @@ def test_every_arm_looks_different():
     looks = styles(arms)
     assert len({(look.colour, look.line) for look in looks.values()}) == len(arms)
     assert len({(look.colour, look.marker) for look in looks.values()}) == len(arms)
+
+
+def test_a_written_picture_keeps_the_colours_of_all_arms(tmp_path):
+    """A rare colour among shades of others was changed into a neighbour when pictures were made smaller."""
+    look = styles([*GREYS, *(f"rdrop-{index}" for index in range(6))])
+    figure, axes = plt.subplots(dpi=DPI)
+    for place, style in enumerate(look.values()):
+        width = 0.5 if place in (5, 6) else 4  # of the line, in points: two arms with few pixels
+        axes.plot([0, 1 if width > 1 else 0.1], [place, place + 0.3], color=style.colour, linewidth=width)
+        for start in range(5 * (width > 1)):
+            axes.fill_between([0, 1], start, place + 2, color=style.colour, alpha=0.15, linewidth=0)
+    save(figure, tmp_path / "picture.png")
+    with Image.open(tmp_path / "picture.png") as picture:
+        shown = np.array(picture.convert("RGB"), dtype=int).reshape(-1, 3)
+    for arm, style in look.items():
+        assert np.abs(shown - ImageColor.getrgb(style.colour)).sum(1).min() <= 12, arm  # of 3 x 255
 
 
 @pytest.mark.parametrize(("number", "columns"), [(3, 3), (4, 4), (5, 3), (6, 3), (7, 4), (8, 4), (9, 3)])
