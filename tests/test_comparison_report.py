@@ -108,6 +108,15 @@ def test_the_limit_of_the_interval_is_said(seeds, share):
     )
 
 
+def test_seeds_are_counted_in_words_and_the_limit_is_said_beside_a_task_of_one_seed():
+    alone = [make_run("mt", arm, 0, 20.0) for arm in ("baseline", "rdrop")]
+    text = markdown(make_report(alone, METRICS, ARMS), {}, {}, {})
+    assert "- 1 seed for each task and arm." in text and "With 1 seed a gain" in text and "such intervals" not in text
+    with_three = [make_run("ner", arm, s, 0.2 + s / 10 * len(arm)) for arm in ("baseline", "rdrop") for s in range(3)]
+    text = markdown(make_report([*alone, *with_three], METRICS, ARMS), {}, {}, {})
+    assert "- 1 to 3 seeds for each task and arm." in text and "with 3 seeds at most 75% of such intervals" in text
+
+
 def test_what_was_compared_chosen_and_failed():
     runs = make_runs()
     runs[0]["metrics"]["eval_f1"] = math.nan

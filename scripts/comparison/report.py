@@ -119,23 +119,23 @@ def _how_to_read(report: Report) -> list[str]:
     numbers = sorted({len(row.scores) for row in report.rows})
     if not numbers:
         return []
-    few = numbers[0]
+    with_interval = [number for number in numbers if number >= MIN_SEEDS]
     lines = [
-        f"- {_range(numbers)} seeds for each task and arm. A gain is the mean of the differences to the run of the "
+        f"- {_seeds(numbers)} for each task and arm. A gain is the mean of the differences to the run of the "
         "baseline with the same seed (the same data order, and the same initial weights where they are drawn). Losses "
         "are shown like gains.",
         "- The interval (bootstrap, BCa, 95%) says how the mean would vary with other seeds, on this validation set "
         "and these settings. It does not contain what another validation set or another choice of settings would "
         f"change. It needs {MIN_SEEDS} seeds and differences that are not all equal.",
     ]
-    if MIN_SEEDS <= few <= 5:
+    if with_interval and (few := with_interval[0]) <= 5:
         lines.append(
             f"- It cannot go beyond the differences seen: with {few} seeds at most {100 - 200 / 2**few:.3g}% of such "
             "intervals contain the true mean, if differences are spread evenly around it, and not 95%."
         )
     lines += [
         "- `p`: paired t-test. `p (Holm)`: corrected for the arms of the table, bold below 0.05; not for the number "
-        f"of tables. With {few} seeds a gain that is not marked may still be real.",
+        f"of tables. With {_seeds(numbers[:1])} a gain that is not marked may still be real.",
         "- `beats baseline`: the probability that a run of the arm scores better than one of the baseline, ties half "
         "(50% is no difference).",
     ]
@@ -144,8 +144,9 @@ def _how_to_read(report: Report) -> list[str]:
     return ["## How to read this", "", *lines]
 
 
-def _range(numbers: Sequence[int]) -> str:
-    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
+def _seeds(numbers: Sequence[int]) -> str:
+    fewest, most = numbers[0], numbers[-1]
+    return f"{fewest} seed{'s' * (most > 1)}" if fewest == most else f"{fewest} to {most} seeds"
 
 
 # ---- Other forms ----
@@ -154,7 +155,7 @@ def _range(numbers: Sequence[int]) -> str:
 def terminal_table(report: Report) -> Table:
     """Scores and gains for a terminal of 80 columns."""
     numbers = sorted({len(row.scores) for row in report.rows})
-    title = f"mean ± std over {_range(numbers)} seeds; gain over the baseline, paired" if numbers else "no score"
+    title = f"mean ± std over {_seeds(numbers)}; gain over the baseline, paired" if numbers else "no score"
     table = Table(box=box.SIMPLE_HEAD, title=title, padding=(0, 1, 0, 0))
     table.add_column("arm", overflow="fold")
     for name in ("score", "gain [95%]", "p (Holm)", "time"):
