@@ -51,7 +51,7 @@ class Task:
     """One task of a comparison: its rows, runs and choices of settings.
 
     Args:
-        found: the content of comparison.json.
+        found: the content of comparison.json, with the histories as log lines.
         report: its figures.
         name: of the task.
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from common import cli, write_file
+from comparison.history import as_lines
 from comparison.rows import Report, make_report
 from data_files import closest
 from reference_card_parts import Task, file_name, make_parts, metadata
@@ -45,7 +46,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def read(path: Path) -> tuple[dict[str, Any], Report]:
-    """The content of a comparison.json, and its figures made anew from the runs.
+    """The content of a comparison.json, its histories as log lines, and its figures made anew from the runs.
 
     Raises:
         ValueError: it cannot be read, or no run has finished.
@@ -54,7 +55,9 @@ def read(path: Path) -> tuple[dict[str, Any], Report]:
         found = json.loads(path.read_text("utf-8"))
         metrics = {row["task"]: row["metric"] for row in found["rows"]}
         report = make_report(found["runs"], metrics, list(dict.fromkeys(row["arm"] for row in found["rows"])))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        for run in found["runs"]:
+            run["history"] = as_lines(run["history"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"--comparison {path} is no comparison.json of compare.py ({type(error).__name__}: {error}). Give the "
             "file that compare.py writes into its --output_dir."

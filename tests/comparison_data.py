@@ -16,10 +16,14 @@ SECONDS = {"baseline": 10.0, "baseline-2x": 20.0, "rdrop": 19.0, "rdrop-shared":
 
 
 def make_run(task, arm, seed, score, seconds=10.0, **metrics):
-    history = [
-        {"step": 10 * i, "epoch": i / 4, "loss": 1 / i, "ce_loss": 1 / i, "kl_loss": 0.1 / i * arm.startswith("rdrop")}
-        for i in range(1, 9)
-    ]
+    points = range(1, 9)
+    history = {
+        "step": [10 * i for i in points],
+        "epoch": [i / 4 for i in points],
+        "loss": [1 / i for i in points],
+        "ce_loss": [1 / i for i in points],
+        "kl_loss": [0.1 / i * arm.startswith("rdrop") for i in points],
+    }
     figures = {METRICS[task]: score, "train_runtime": seconds, "eval_runtime": 1.0, **metrics}
     return {"task": task, "arm": arm, "seed": seed, "metrics": figures, "history": history}
 

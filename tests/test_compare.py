@@ -14,6 +14,7 @@ import compare
 import pytest
 from comparison.arms import BUILT_IN, Task, candidates, make_arms, run_arguments, split_line
 from comparison.config import parse
+from comparison.history import as_columns, as_lines
 from comparison.results import check_folder, take_runs
 from comparison.tuning import choose, plan_trials
 from run_queue import SCRIPTS, Run, run_all, sole_user
@@ -213,6 +214,22 @@ def test_own_arms_are_lines_of_arguments():
     assert arguments_of("r1", settings, own=lines)[-3:] == ["--learning_rate", "0.1", "--rdrop_alpha=1"]
 
 
+def test_settings_of_which_an_arm_has_its_own_are_not_tuned_nor_said_to_be_chosen(tmp_path):
+    own = {"more": "baseline --rdrop_dropout 0.3", "apart": "--rdrop_dropout=0.3 --rdrop_alpha 0"}
+    task = Task("ner", "run_ner.py", "eval_f1", (), 1.0, {**GRID, "rdrop_alpha": [1, 5]})
+    arms = make_arms(own, own)
+    more, apart = arms[1:]
+    assert more.without_own({"rdrop_dropout": 0.1, "learning_rate": 1e-5}) == {"learning_rate": 1e-5}
+    assert candidates(task, apart, 100) == [{"learning_rate": 1e-5}, {"learning_rate": 1e-4}]
+    # The later argument counts; the settings of another arm are still taken as they are.
+    words = run_arguments(task, more, {"rdrop_dropout": 0.1}, seed=7)
+    assert words == ("--rdrop_dropout", "0.1", "--rdrop_alpha", "0", "--rdrop_dropout", "0.3")
+    extra = ("--own_arm", f"more={own['more']}", "--arms", "more", "--tune", "rdrop_dropout=0.1,0.2")
+    comparison = comparison_of(tmp_path, *extra, "--tuned_arms", "baseline")
+    choices = choose(comparison, plan_trials(comparison), guess=True)
+    assert [choice["settings"] for choice in choices.values()] == [{"rdrop_dropout": 0.1}, {}]
+
+
 def test_tuned_arms_can_be_shared():
     arms = {arm.name: arm.settings_of for arm in make_arms(BUILT_IN, {}, ["baseline", "rdrop"])}
     assert arms["doubled"] == arms["baseline-2x"] == "baseline" and arms["rdrop-interval"] == "rdrop"
@@ -395,14 +412,37 @@ def test_runs_made_elsewhere_are_taken_over_when_their_arguments_are_the_same(sc
         {"task": "task", "arm": "arm", "seed": 2, "arguments": [*runs[1].arguments, "--more"]},
     ]
     for number, run in enumerate(made):
-        run |= {"metrics": {"eval_f1": number}, "history": [{"step": 1, "loss": 0.5}]}
+        run |= {"metrics": {"eval_f1": number}, "history": {"step": [1], "loss": [0.5]}}
     (tmp_path / "comparison.json").write_text(json.dumps({"runs": made, "trials": []}))
     take_runs(runs, [tmp_path / "comparison.json"])
     assert runs[0].results() == {"eval_f1": 0} and runs[0].history() == [{"step": 1, "loss": 0.5}]
     assert not runs[1].results() and not runs[2].results()
-    (tmp_path / "broken.json").write_text("{")
+
+
+def test_histories_are_kept_as_columns():
+    lines = [{"step": 1, "epoch": 0.5, "loss": 1 / 3, "lr": 1.0}, {"step": 2, "epoch": 1.0, "eval_loss": 4.0}]
+    columns = as_columns(lines)
+    assert columns == {"step": [1, 2], "epoch": [0.5, 1.0], "loss": [0.333333, None]}
+    kept = [{"step": 1, "epoch": 0.5, "loss": 0.333333}, {"step": 2, "epoch": 1.0}]
+    assert as_lines(columns) == kept and as_lines(as_columns(kept)) == kept
+    assert as_columns([]) == {} and as_lines({}) == []
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        '{"runs": [], "trials": 3}',
+        *(
+            json.dumps({"runs": [{"task": "t", "arm": "a", "seed": 1, "arguments": [], "history": h}], "trials": []})
+            for h in ([{"step": 1}], {"step": [1], "loss": []})
+        ),
+    ],
+)
+def test_a_broken_comparison_is_not_taken_over(tmp_path, content):
+    (tmp_path / "broken.json").write_text(content)
     with pytest.raises(ValueError, match=r"broken\.json is no comparison\.json"):
-        take_runs(runs, [tmp_path / "broken.json"])
+        take_runs([], [tmp_path / "broken.json"])
 
 
 def test_dry_run_lists_the_runs_and_writes_nothing(tmp_path, monkeypatch, capsys):
@@ -448,7 +488,8 @@ def test_whole_comparison(stub, tmp_path, capsys):
     chosen = {choice["arm"]: choice["settings"] for choice in result["choices"]}
     assert chosen == {"baseline": {}, "rdrop": {"rdrop_alpha": 5.0}}
     assert len(result["runs"]) == 6 and result["runs"][1]["arguments"][-2:] == ["--rdrop_alpha", "5.0"]
-    assert result["runs"][0]["history"][1] == {"step": 2, "epoch": 1.0, "loss": 0.5, "ce_loss": 0.5, "kl_loss": 0.0}
+    logged = {"step": [1, 2], "epoch": [0.5, 1.0], "loss": [1.0, 0.5], "ce_loss": [1.0, 0.5], "kl_loss": [0.0, 0.0]}
+    assert result["runs"][0]["history"] == logged
     assert result["about"]["setup"]["torch"] and result["failed"] == {}
     assert str(tmp_path) not in (folder / "comparison.json").read_text() + (folder / "comparison.md").read_text()
     assert {path.name for path in folder.glob("*.png")} == {"gains.png", "curves.png", "pareto.png", "alphas.png"}

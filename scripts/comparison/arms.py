@@ -59,14 +59,13 @@ class Arm:
     settings_of: str
     epochs: int = 1
 
-    @property
-    def sets_alpha(self) -> bool:
-        """Whether alpha is the arm's own choice, so that neither the task's holds nor is it tuned."""
-        return any(re.match(r"--rdrop_alpha(=|$)", argument) for argument in self.arguments)
+    def sets(self, name: str) -> bool:
+        """Whether this argument is the arm's own choice, so that neither the task's holds nor is it tuned."""
+        return any(re.match(rf"--{name}(=|$)", argument) for argument in self.arguments)
 
     def without_own(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """These settings without an alpha that is not this arm's."""
-        return {name: value for name, value in settings.items() if name != "rdrop_alpha" or not self.sets_alpha}
+        """These settings without those of which the arm has its own."""
+        return {name: value for name, value in settings.items() if not self.sets(name)}
 
 
 BUILT_IN = {
@@ -156,9 +155,10 @@ def candidates(task: Task, arm: Arm, trials: int) -> list[dict[str, Any]]:
     All arms try the same settings in the same order as far as these go; the values of alpha are dealt out evenly over
     the trials of the arms that have one. One candidate needs no trial.
     """
-    shared = {name: values for name, values in task.tune.items() if name != "rdrop_alpha"}
+    tuned = arm.without_own(task.tune)
+    shared = {name: values for name, values in tuned.items() if name != "rdrop_alpha"}
     grid = [dict(zip(shared, values, strict=True)) for values in itertools.product(*shared.values())]
-    alphas = [] if arm.sets_alpha else [{"rdrop_alpha": alpha} for alpha in task.tune.get("rdrop_alpha", ())]
+    alphas = [{"rdrop_alpha": alpha} for alpha in tuned.get("rdrop_alpha", ())]
     if len(grid) * max(1, len(alphas)) <= trials:
         return [{**settings, **alpha} for alpha in alphas or [{}] for settings in grid]
     random.Random(0).shuffle(grid)
@@ -171,9 +171,9 @@ def candidates(task: Task, arm: Arm, trials: int) -> list[dict[str, Any]]:
 def run_arguments(task: Task, arm: Arm, settings: Mapping[str, Any], seed: int) -> tuple[str, ...]:
     """The script's arguments for one run, without --seed and --output_dir; what comes later counts."""
     arguments = list(task.arguments)
-    if not arm.sets_alpha:
+    if not arm.sets("rdrop_alpha"):
         arguments += ["--rdrop_alpha", str(settings.get("rdrop_alpha", task.rdrop_alpha))]
-    for name, value in arm.without_own(settings).items():
+    for name, value in settings.items():
         if name != "rdrop_alpha":
             arguments += [f"--{name}", str(value)]
     arguments += arm.arguments

@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
+from comparison.history import as_lines
 from comparison.rows import RDROP, direction, points, trial_scores
 from comparison.statistics import BASELINE
 from comparison.style import DPI, GREYS, fullest, panels, save, styles, tidy
@@ -74,10 +75,10 @@ def plot_curves(runs: Sequence[Mapping[str, Any]], tasks: Sequence[str], arms: S
 
 
 def _curve(
-    histories: Sequence[Sequence[Mapping[str, Any]]], name: str
+    histories: Sequence[Mapping[str, Sequence[Any]]], name: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
     """Epochs, means and standard deviations at the steps that every seed has logged; values of 0 are left out."""
-    logged = [{entry["step"]: entry for entry in history if entry.get(name)} for history in histories]
+    logged = [{entry["step"]: entry for entry in as_lines(history) if entry.get(name)} for history in histories]
     steps = sorted(set.intersection(*(set(of_seed) for of_seed in logged))) if logged else []
     if not steps:
         return None

@@ -16,6 +16,7 @@ from run_queue import RUN_FILE, Run
 
 from comparison.arms import Arm
 from comparison.config import Comparison
+from comparison.history import as_columns, as_lines
 from comparison.plots import plot_all
 from comparison.report import as_json, markdown, terminal_table
 from comparison.rows import make_report
@@ -23,8 +24,6 @@ from comparison.rows import make_report
 MARKER = "settings.json"
 PACKAGES = ("hf_rdrop", "torch", "transformers", "accelerate", "datasets")
 RUN_KEYS = ("task", "arm", "seed", "arguments")
-# What the curves are drawn from; the rest of a log line can be read in the run's own folder.
-HISTORY = ("step", "epoch", "loss", "ce_loss", "kl_loss")
 
 
 def describe(run: Run, metric: str) -> str:
@@ -71,16 +70,17 @@ def take_runs(runs: Sequence[Run], files: Sequence[Path]) -> None:
         try:
             found = json.loads(file.read_text("utf-8"))
             made = {_key(*(run[name] for name in RUN_KEYS)): run for run in [*found["runs"], *found["trials"]]}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            histories = {key: as_lines(run["history"]) for key, run in made.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"--take_from {file} is no comparison.json ({type(error).__name__}: {error}).") from error
         for run in runs:
-            same = made.get(_key(run.task, run.arm, run.seed, run.arguments))
-            if same is not None and not run.results():
+            key = _key(run.task, run.arm, run.seed, run.arguments)
+            if key in made and not run.results():
                 if run.output.exists():
                     shutil.rmtree(run.output)
                 run.output.mkdir(parents=True)
-                write_json(run.output / "trainer_state.json", {"log_history": same["history"]})
-                write_json(run.output / LAST_RESULT_FILE, same["metrics"])
+                write_json(run.output / "trainer_state.json", {"log_history": histories[key]})
+                write_json(run.output / LAST_RESULT_FILE, made[key]["metrics"])
                 write_json(run.folder / RUN_FILE, {"command": run.command[1:], "taken_from": str(file)})
 
 
@@ -89,14 +89,13 @@ def _key(task: str, arm: str, seed: int, arguments: Sequence[str]) -> str:
 
 
 def _record(run: Run) -> dict[str, Any]:
-    history = [{name: line[name] for name in HISTORY if name in line} for line in run.history()]
     return {
         "task": run.task,
         "arm": run.arm,
         "seed": run.seed,
         "arguments": list(run.arguments),
         "metrics": run.results() | {"device": "cpu" if "--use_cpu" in run.arguments else _device()},
-        "history": history,
+        "history": as_columns(run.history()),
     }
 
 
@@ -129,7 +128,7 @@ def write_results(
     """
     folder, tasks = comparison.folder, {task.name: task for task in comparison.tasks}
     records = [_record(run) for run in runs if run.results()]
-    tried = [{**_record(run), "history": []} for run in trials if run.results()]
+    tried = [{**_record(run), "history": {}} for run in trials if run.results()]
     reasons = {run.name: reason.replace(str(folder), "OUTPUT") for run, reason in failed.items()}
     if not records and not tried:
         told = "".join(f"\n{name}: {reason}" for name, reason in reasons.items())
@@ -158,7 +157,7 @@ def write_results(
 
 def _added(arm: Arm) -> str:
     """What an arm adds to the task's arguments, in words for a reader."""
-    words = [*([] if arm.sets_alpha else ["--rdrop_alpha", "ALPHA"]), *arm.arguments]
+    words = [*([] if arm.sets("rdrop_alpha") else ["--rdrop_alpha", "ALPHA"]), *arm.arguments]
     longer = f", {arm.epochs} times the epochs" if arm.epochs > 1 else ""
     return f"`{' '.join(words)}`{longer}"
 
