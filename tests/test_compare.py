@@ -221,9 +221,8 @@ def test_settings_of_which_an_arm_has_its_own_are_not_tuned_nor_said_to_be_chose
     more, apart = arms[1:]
     assert more.without_own({"rdrop_dropout": 0.1, "learning_rate": 1e-5}) == {"learning_rate": 1e-5}
     assert candidates(task, apart, 100) == [{"learning_rate": 1e-5}, {"learning_rate": 1e-4}]
-    # The later argument counts; the settings of another arm are still taken as they are.
-    words = run_arguments(task, more, {"rdrop_dropout": 0.1}, seed=7)
-    assert words == ("--rdrop_dropout", "0.1", "--rdrop_alpha", "0", "--rdrop_dropout", "0.3")
+    words = run_arguments(task, more, {"rdrop_dropout": 0.1, "learning_rate": 1e-5}, seed=7)
+    assert words == ("--learning_rate", "1e-05", "--rdrop_alpha", "0", "--rdrop_dropout", "0.3")
     extra = ("--own_arm", f"more={own['more']}", "--arms", "more", "--tune", "rdrop_dropout=0.1,0.2")
     comparison = comparison_of(tmp_path, *extra, "--tuned_arms", "baseline")
     choices = choose(comparison, plan_trials(comparison), guess=True)

@@ -130,6 +130,7 @@ def test_what_was_compared_chosen_and_failed():
     assert cells(text, "Settings", "rdrop") == ["ner", "rdrop", "0.1", "2", "6", "60.00"]
     assert cells(text, "Settings", "rdrop-shared") == ["ner", "rdrop-shared", "0.1", "2", "as rdrop", "–"]
     assert "did not have the same number on ner" in text  # 3 and 6: a reader has to know
+    assert "on ner. –: the arm has none, or its own arguments say it." in text
     assert "- ner / baseline / seed 0: the score is nan; no figure contains it." in text
     assert (
         "- mt / rdrop / seed 3:\n\n      exit status 1; the end of log.txt:\n      ValueError: no | such file" in text

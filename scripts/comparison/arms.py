@@ -173,7 +173,7 @@ def run_arguments(task: Task, arm: Arm, settings: Mapping[str, Any], seed: int) 
     arguments = list(task.arguments)
     if not arm.sets("rdrop_alpha"):
         arguments += ["--rdrop_alpha", str(settings.get("rdrop_alpha", task.rdrop_alpha))]
-    for name, value in settings.items():
+    for name, value in arm.without_own(settings).items():
         if name != "rdrop_alpha":
             arguments += [f"--{name}", str(value)]
     arguments += arm.arguments

@@ -100,6 +100,8 @@ def choice_table(report: Report, choices: Mapping[tuple[str, str], Mapping[str, 
         note += (
             f"The arms did not have the same number on {', '.join(uneven)}." if uneven else "Every arm had as many."
         )
+    if any(NOTHING in row[2:-1] for row in rows):
+        note += f" {NOTHING}: the arm has none, or its own arguments say it."
     return ["## Settings", "", note, "", *table_lines(["task", "arm", *names, "trials", "score there"], rows)]
 
 
