@@ -31,6 +31,7 @@ import hf_rdrop
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
+CONFIGURATIONS = sorted((ROOT / "model_cards" / "reference").glob("*.yaml"))
 CARDS = sorted((ROOT / "model_cards" / "reference").rglob("cards/*.md"))
 METHOD_CARD = (ROOT / "model_cards" / "r-drop.md").read_text("utf-8")
 SCRIPTS = {
@@ -121,6 +122,13 @@ def test_python_examples(block, tmp_path, monkeypatch):
     exec(block, names)
 
 
+def readers_machine(monkeypatch):
+    """With a GPU, and the folders that the commands name."""
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
+    for name in ("DATA", "ENCODER", "MODEL", "VIT"):
+        monkeypatch.setenv(name, name.lower())
+
+
 def check_comparison(comparison):
     runs = compare.plan(comparison, choose(comparison, plan_trials(comparison), guess=True))
     arms = {run.arm for run in runs}
@@ -135,8 +143,7 @@ def check_comparison(comparison):
 def test_bash_examples_parse(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model_cards").symlink_to(ROOT / "model_cards")
-    for name in ("DATA", "ENCODER", "MODEL", "VIT"):
-        monkeypatch.setenv(name, name.lower())
+    readers_machine(monkeypatch)
     _, script, *arguments = shlex.split(command)
     script = Path(script).name
     if script == "compare.py":
@@ -151,9 +158,9 @@ def test_bash_examples_parse(command, tmp_path, monkeypatch):
     parse_arguments(SCRIPTS[script], arguments, None)
 
 
-@pytest.mark.parametrize("block", blocks("yaml"))
+@pytest.mark.parametrize("block", [*blocks("yaml"), *(path.read_text("utf-8") for path in CONFIGURATIONS)])
 def test_configurations_parse(block, tmp_path, monkeypatch):
-    monkeypatch.setenv("DATA", "data")
+    readers_machine(monkeypatch)
     (tmp_path / "comparison.yaml").write_text(block)
     check_comparison(parse(["--config", str(tmp_path / "comparison.yaml"), "--output_dir", "x"]))
 
@@ -173,4 +180,4 @@ def test_links_within_the_readme_lead_to_headings():
 
 def test_there_is_something_to_test():
     assert len(blocks("python")) >= 3 and len(commands()) >= 6 and len(blocks("yaml")) == 1
-    assert len(blocks("python", METHOD_CARD)) == 3 and CARDS
+    assert len(blocks("python", METHOD_CARD)) == 3 and CARDS and len(CONFIGURATIONS) >= 8
