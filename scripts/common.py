@@ -57,6 +57,11 @@ def parse_arguments(classes: Sequence[type], argv: list[str] | None, description
     return parsed
 
 
+def option_name(argument: str) -> str:
+    """The name in `--name` or `--name=value`, with _ where the scripts also take -; empty for what is no option."""
+    return argument.partition("=")[0][2:].replace("-", "_") if argument.startswith("--") else ""
+
+
 def _json_arguments(parser: HfArgumentParser, file: Path) -> list[str]:
     """Turn an argument file into a command line, so that both are checked in the same way."""
     try:

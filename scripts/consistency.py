@@ -29,7 +29,7 @@ import run_glue
 import run_image_classification
 import run_ner
 import run_translation
-from common import cli, read_json, without_folders, write_file, write_json
+from common import cli, option_name, read_json, without_folders, write_file, write_json
 from consistency_report import choose_score, markdown_table, plot
 
 SCRIPTS: dict[str, Callable[[list[str]], Any]] = {
@@ -39,7 +39,7 @@ SCRIPTS: dict[str, Callable[[list[str]], Any]] = {
     "run_translation.py": run_translation.main,
     "run_image_classification.py": run_image_classification.main,
 }
-DATA = ("--validation_file", "--validation_dir", "--dataset_name", "--task_name", "--digits")
+DATA = ("validation_file", "validation_dir", "dataset_name", "task_name", "digits")
 FILES = ("consistency.md", "consistency.json", "consistency.png")
 OWN = ("model_name_or_path", "output_dir", "do_train", "do_eval", "do_predict", "consistency_samples", "push_to_hub")
 
@@ -63,11 +63,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             f"--num_samples must be at least 2, to compare sub-models with each other; got {args.num_samples}."
         )
     args.models = _read_models(args.models)
+    given = set(map(option_name, args.arguments))
     for name in OWN:
-        if any(argument == f"--{name}" or argument.startswith(f"--{name}=") for argument in args.arguments):
+        if name in given:
             raise ValueError(f"--{name} is set for each model by consistency.py: leave it out after --.")
-    if not any(argument.startswith(DATA) for argument in args.arguments):
-        raise ValueError(f"no data: give one of {', '.join(DATA)} after --.")
+    if not given.intersection(DATA):
+        raise ValueError(f"no data: give one of --{', --'.join(DATA)} after --.")
     if args.output_dir.exists() and not args.output_dir.is_dir():
         raise ValueError(f"--output_dir {args.output_dir} is a file: give the name of a folder.")
     others = {file.name for file in args.output_dir.glob("*")} - {*FILES, *args.models}

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from common import option_name
 from comparison.report import as_json, choice_table
 from comparison.rows import CONTROLS, RDROP, Report, Row, points, trial_scores
 from comparison.statistics import BASELINE, SIGNIFICANT
@@ -102,8 +103,8 @@ def options_of(arguments: Sequence[str]) -> dict[str, str]:
     name = ""
     for argument in arguments:
         if argument.startswith("--"):
-            name, _, value = argument[2:].partition("=")
-            found[name] = public(value)
+            name = option_name(argument)
+            found[name] = public(argument.partition("=")[2])
         else:
             found[name] = f"{found.get(name, '')} {public(argument)}".strip()
     return found

@@ -36,7 +36,7 @@ import run_glue
 import run_image_classification
 import run_ner
 import run_translation
-from common import LOWER_IS_BETTER, cli
+from common import LOWER_IS_BETTER, cli, option_name
 from rich.console import Console
 from run_queue import check_same_comparison, sole_user
 from sweep_report import Sweep, Trial, terminal_table, write_report
@@ -114,18 +114,13 @@ def check_range(name: str, values: Sequence[float]) -> None:
         )
 
 
-def names_of(arguments: Sequence[str]) -> set[str]:
-    """The names among the script's arguments, as the script spells them."""
-    return {argument.partition("=")[0][2:].replace("-", "_") for argument in arguments if argument.startswith("--")}
-
-
 def check_script_arguments(arguments: Sequence[str]) -> None:
     """Check that the script's arguments leave alone what a sweep sets.
 
     Raises:
         ValueError: with where the argument belongs.
     """
-    given = names_of(arguments)
+    given = set(map(option_name, arguments))
     for name in SET_HERE:
         if name in given:
             change = "leave it out" if name.endswith("strategy") else "give it before the --"
@@ -147,7 +142,8 @@ def script_arguments(args: argparse.Namespace, output_dir: str) -> list[str]:
 
 def final_command(args: argparse.Namespace, parameters: dict[str, float]) -> str:
     """The command that trains with these parameters on all training rows, and evaluates on the validation data."""
-    given, values = names_of(args.arguments), {name: getattr(args, name)[0] for name in RANGES} | parameters
+    given = set(map(option_name, args.arguments))
+    values = {name: getattr(args, name)[0] for name in RANGES} | parameters
     line = ["python", os.path.relpath(Path(__file__).with_name(args.script)), *args.arguments, "--do_train"]
     if not given & {"train_file", "train_dir"} or given & {"validation_file", "validation_dir"}:
         line.append("--do_eval")

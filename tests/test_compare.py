@@ -189,6 +189,7 @@ def test_built_in_arms():
         (("--num_train_epochs=2.5",), {}, ["--num_train_epochs", "5"]),
         (("--num_train_epochs", "3"), {"num_train_epochs": 5}, ["--num_train_epochs", "10"]),
         (("--max_steps", "40", "--num_train_epochs", "3"), {}, ["--max_steps", "80"]),
+        (("--max-steps=40",), {}, ["--max_steps", "80"]),  # the scripts' other spelling
         (("--max_steps=-1",), {}, ["--num_train_epochs", "6"]),
     ],
 )
@@ -202,7 +203,7 @@ def test_own_arms_are_lines_of_arguments():
     lines = {
         "smooth": "--label_smoothing_factor 0.1",
         "trunk": "rdrop --rdrop_shared_layers 4",
-        "r1": "--rdrop_alpha=1",
+        "r1": "--rdrop-alpha=1",
     }
     arms = {arm.name: arm for arm in make_arms(["rdrop", *lines], lines)}
     assert list(arms) == ["baseline", "rdrop", "smooth", "trunk", "r1"]  # never without the baseline
@@ -211,7 +212,7 @@ def test_own_arms_are_lines_of_arguments():
     assert arguments_of("trunk", settings, own=lines)[-6:] == [
         *("--rdrop_alpha", "5", "--learning_rate", "0.1", "--rdrop_shared_layers", "4")
     ]
-    assert arguments_of("r1", settings, own=lines)[-3:] == ["--learning_rate", "0.1", "--rdrop_alpha=1"]
+    assert arguments_of("r1", settings, own=lines)[-3:] == ["--learning_rate", "0.1", "--rdrop-alpha=1"]
 
 
 def test_settings_of_which_an_arm_has_its_own_are_not_tuned_nor_said_to_be_chosen(tmp_path):
@@ -388,7 +389,7 @@ ONE_TASK = ["--script", "run_ner.py", "--metric", "eval_f1", "--output_dir", "x"
         (["--demo", "--tasks", "ner"], "tasks of --config"),
         (["--config", "missing.yaml", "--output_dir", "x"], "cannot be read"),
         ([*ONE_TASK, "--", "--seed", "1"], "--seed is set for each run"),
-        ([*ONE_TASK, "--", "--validation_from_train=0.5"], "--validation_from_train is set for each run"),
+        ([*ONE_TASK, "--", "--validation-from-train=0.5"], "--validation_from_train is set for each run"),
         ([*ONE_TASK, "--tune", "learning_rate", "--", "--do_train"], "NAME=VALUE"),
         ([*ONE_TASK, "--tune", "learning_rate=1,1", "--", "--do_train"], "different values"),
         ([*ONE_TASK, "--tuning_seeds", "0", "--", "--do_train"], "must not be among --seeds"),

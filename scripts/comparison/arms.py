@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from common import option_name
 from data_files import closest
 
 from comparison.rows import RDROP
@@ -61,7 +62,7 @@ class Arm:
 
     def sets(self, name: str) -> bool:
         """Whether this argument is the arm's own choice, so that neither the task's holds nor is it tuned."""
-        return any(re.match(rf"--{name}(=|$)", argument) for argument in self.arguments)
+        return name in map(option_name, self.arguments)
 
     def without_own(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """These settings without those of which the arm has its own."""
@@ -136,8 +137,9 @@ def check_task(task: Task) -> Task:
     """
     if task.script not in SCRIPTS:
         raise ValueError(f"task {task.name}: script must be one of {', '.join(SCRIPTS)}; got {task.script!r}.")
+    given = set(map(option_name, task.arguments))
     for name in SET_BY_COMPARE:
-        if any(argument == f"--{name}" or argument.startswith(f"--{name}=") for argument in task.arguments):
+        if name in given:
             raise ValueError(f"--{name} is set for each run by compare.py: leave it out of the script's arguments.")
     for name, values in task.tune.items():
         if not isinstance(values, (list, tuple)) or not values or len(set(map(str, values))) < len(values):
@@ -186,7 +188,7 @@ def _longer(arguments: Sequence[str], factor: int) -> list[str]:
     """The arguments that make a training `factor` times as long."""
     given = {}
     for position, argument in enumerate(arguments):
-        name, equals, value = argument.removeprefix("--").partition("=")
+        name, (_, equals, value) = option_name(argument), argument.partition("=")
         if name in ("max_steps", "num_train_epochs"):
             given[name] = float(value if equals else arguments[position + 1])
     name = "max_steps" if given.get("max_steps", -1) > 0 else "num_train_epochs"
