@@ -122,7 +122,8 @@ def test_what_was_compared_chosen_and_failed():
     runs[0]["metrics"]["eval_f1"] = math.nan
     about = {"data": "own.jsonl", "seeds": [0, 1, 2], "versions": {"torch": "2.13", "scipy": "1.17"}}
     failed = {"mt / rdrop / seed 3": "exit status 1; the end of log.txt:\nValueError: no | such file"}
-    text = markdown(make_report(runs, METRICS, ARMS), about, make_choices(), failed, [Path("x/gains.png")])
+    choices = make_choices() | {("ner", "not-trained"): {"settings": {"own": 1}, "trials": []}}
+    text = markdown(make_report(runs, METRICS, ARMS), about, choices, failed, [Path("x/gains.png")])
     assert "- data: own.jsonl\n- seeds: 0, 1, 2\n- versions\n  - torch: 2.13\n  - scipy: 1.17\n" in text
     assert "![gains](gains.png)" in text
     assert "| task | arm | dropout | rdrop_alpha | trials | score there |" in text

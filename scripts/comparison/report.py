@@ -73,6 +73,8 @@ def _about(name: str, value: Any) -> list[str]:
 
 
 def choice_table(report: Report, choices: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[str]:
+    trained = {(row.task, row.arm) for row in report.rows}
+    choices = {key: choice for key, choice in choices.items() if key in trained}
     names = list(dict.fromkeys(name for choice in choices.values() for name in choice["settings"]))
     if not names:
         return []
