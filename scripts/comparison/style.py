@@ -97,7 +97,7 @@ def place_labels(
     pixels = axis.transData.transform(points)
     taken = [Bbox.from_bounds(x - 5 * scale, y - 5 * scale, 10 * scale, 10 * scale) for x, y in pixels]
     lines = [line.get_path().transformed(line.get_transform()) for line in axis.lines if len(line.get_xdata()) > 1]
-    inside = axis.get_window_extent()
+    inside = axis.get_window_extent().padded(-3 * scale)
     for (x, y), point, name, colour in sorted(
         zip(pixels, points, names, colours, strict=True), key=lambda item: -item[0][1]
     ):
