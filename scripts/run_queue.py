@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,14 +117,16 @@ def run_all(
             previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(STATUS))  # so that the children are ended too
             try:
                 futures = {pool.submit(_run, run, jobs, slots, processes, ending): run for run in waiting}
-                for future in as_completed(futures):
-                    run = futures[future]
-                    if (reason := future.result()) is not None:
-                        failed[run] = reason
-                    elif not keep_models:
-                        run.drop_weights()
-                    progress.console.print(f"{run.name}: {'FAILED' if reason else describe(run)}", highlight=False)
-                    progress.advance(bar)
+                while futures:
+                    # With a timeout, since a signal that comes just before a wait does not end it.
+                    for future in wait(futures, timeout=1, return_when=FIRST_COMPLETED).done:
+                        run = futures.pop(future)
+                        if (reason := future.result()) is not None:
+                            failed[run] = reason
+                        elif not keep_models:
+                            run.drop_weights()
+                        progress.console.print(f"{run.name}: {'FAILED' if reason else describe(run)}", highlight=False)
+                        progress.advance(bar)
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 ending.set()

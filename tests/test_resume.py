@@ -381,14 +381,21 @@ def test_sigterm_leaves_no_temporary_folder(tmp_path):
     assert process.exitcode == 143 and not any(path.is_dir() for path in tmp_path.iterdir())
 
 
-def test_a_run_that_starts_while_the_comparison_ends_is_ended(tmp_path, monkeypatch):
-    """The signal may come between taking a run from the queue and starting its process."""
+@pytest.mark.parametrize("taken_by", ["any thread", "another thread"])
+def test_a_run_that_starts_while_the_comparison_ends_is_ended(tmp_path, monkeypatch, taken_by):
+    """The signal may come between taking a run from the queue and starting its process.
+
+    One that another thread takes, as one that comes just before the main thread waits, does not end that wait.
+    """
     script, original = tmp_path / "script.py", subprocess.Popen
     script.write_text("import time; time.sleep(60)")
 
     def late(*args, **kwargs):
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(1)  # the main thread ends what is running: nothing yet
+        if taken_by == "any thread":
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+        time.sleep(2)  # the main thread ends what is running: nothing yet
         return original(*args, **kwargs)
 
     monkeypatch.setattr(subprocess, "Popen", late)
