@@ -62,6 +62,11 @@ def option_name(argument: str) -> str:
     return argument.partition("=")[0][2:].replace("-", "_") if argument.startswith("--") else ""
 
 
+def option_names(arguments: Sequence[str]) -> set[str]:
+    """The names of the options among the arguments."""
+    return {option_name(argument) for argument in arguments} - {""}
+
+
 def _json_arguments(parser: HfArgumentParser, file: Path) -> list[str]:
     """Turn an argument file into a command line, so that both are checked in the same way."""
     try:

@@ -29,7 +29,7 @@ import run_glue
 import run_image_classification
 import run_ner
 import run_translation
-from common import cli, option_name, read_json, without_folders, write_file, write_json
+from common import cli, option_names, read_json, without_folders, write_file, write_json
 from consistency_report import choose_score, markdown_table, plot
 
 SCRIPTS: dict[str, Callable[[list[str]], Any]] = {
@@ -63,7 +63,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             f"--num_samples must be at least 2, to compare sub-models with each other; got {args.num_samples}."
         )
     args.models = _read_models(args.models)
-    given = set(map(option_name, args.arguments))
+    given = option_names(args.arguments)
     for name in OWN:
         if name in given:
             raise ValueError(f"--{name} is set for each model by consistency.py: leave it out after --.")

@@ -7,8 +7,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,16 +117,14 @@ def run_all(
             previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(STATUS))  # so that the children are ended too
             try:
                 futures = {pool.submit(_run, run, jobs, slots, processes, ending): run for run in waiting}
-                while futures:
-                    # With a timeout, since a signal that comes just before a wait does not end it.
-                    for future in wait(futures, timeout=1, return_when=FIRST_COMPLETED).done:
-                        run = futures.pop(future)
-                        if (reason := future.result()) is not None:
-                            failed[run] = reason
-                        elif not keep_models:
-                            run.drop_weights()
-                        progress.console.print(f"{run.name}: {'FAILED' if reason else describe(run)}", highlight=False)
-                        progress.advance(bar)
+                for future in _as_completed(futures):
+                    run = futures[future]
+                    if (reason := future.result()) is not None:
+                        failed[run] = reason
+                    elif not keep_models:
+                        run.drop_weights()
+                    progress.console.print(f"{run.name}: {'FAILED' if reason else describe(run)}", highlight=False)
+                    progress.advance(bar)
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 ending.set()
@@ -137,6 +135,14 @@ def run_all(
             finally:
                 signal.signal(signal.SIGTERM, previous)
     return failed
+
+
+def _as_completed(futures: Iterable[Future[Any]]) -> Iterator[Future[Any]]:
+    """As that of `concurrent.futures`, but a signal that comes just before a wait is seen within a second."""
+    left = set(futures)
+    while left:
+        done, left = wait(left, timeout=1, return_when=FIRST_COMPLETED)
+        yield from done
 
 
 def visible_gpus() -> list[str]:

@@ -36,7 +36,7 @@ import run_glue
 import run_image_classification
 import run_ner
 import run_translation
-from common import LOWER_IS_BETTER, cli, option_name
+from common import LOWER_IS_BETTER, cli, option_names
 from rich.console import Console
 from run_queue import check_same_comparison, sole_user
 from sweep_report import Sweep, Trial, terminal_table, write_report
@@ -120,7 +120,7 @@ def check_script_arguments(arguments: Sequence[str]) -> None:
     Raises:
         ValueError: with where the argument belongs.
     """
-    given = set(map(option_name, arguments))
+    given = option_names(arguments)
     for name in SET_HERE:
         if name in given:
             change = "leave it out" if name.endswith("strategy") else "give it before the --"
@@ -142,8 +142,7 @@ def script_arguments(args: argparse.Namespace, output_dir: str) -> list[str]:
 
 def final_command(args: argparse.Namespace, parameters: dict[str, float]) -> str:
     """The command that trains with these parameters on all training rows, and evaluates on the validation data."""
-    given = set(map(option_name, args.arguments))
-    values = {name: getattr(args, name)[0] for name in RANGES} | parameters
+    given, values = option_names(args.arguments), {name: getattr(args, name)[0] for name in RANGES} | parameters
     line = ["python", os.path.relpath(Path(__file__).with_name(args.script)), *args.arguments, "--do_train"]
     if not given & {"train_file", "train_dir"} or given & {"validation_file", "validation_dir"}:
         line.append("--do_eval")

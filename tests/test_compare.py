@@ -203,16 +203,18 @@ def test_own_arms_are_lines_of_arguments():
     lines = {
         "smooth": "--label_smoothing_factor 0.1",
         "trunk": "rdrop --rdrop_shared_layers 4",
-        "r1": "--rdrop-alpha=1",
+        "r1": "--rdrop_alpha=1",
+        "r2": "--rdrop-alpha=2",  # the scripts' other spelling
     }
     arms = {arm.name: arm for arm in make_arms(["rdrop", *lines], lines)}
-    assert list(arms) == ["baseline", "rdrop", "smooth", "trunk", "r1"]  # never without the baseline
-    assert [arms[name].settings_of for name in lines] == ["smooth", "rdrop", "r1"]
+    assert list(arms) == ["baseline", "rdrop", "smooth", "trunk", "r1", "r2"]  # never without the baseline
+    assert [arms[name].settings_of for name in lines] == ["smooth", "rdrop", "r1", "r2"]
     settings = {"rdrop_alpha": 5, "learning_rate": 0.1}
     assert arguments_of("trunk", settings, own=lines)[-6:] == [
         *("--rdrop_alpha", "5", "--learning_rate", "0.1", "--rdrop_shared_layers", "4")
     ]
-    assert arguments_of("r1", settings, own=lines)[-3:] == ["--learning_rate", "0.1", "--rdrop-alpha=1"]
+    assert arguments_of("r1", settings, own=lines)[-3:] == ["--learning_rate", "0.1", "--rdrop_alpha=1"]
+    assert arguments_of("r2", settings, own=lines)[-3:] == ["--learning_rate", "0.1", "--rdrop-alpha=2"]
 
 
 def test_settings_of_which_an_arm_has_its_own_are_not_tuned_nor_said_to_be_chosen(tmp_path):
@@ -389,6 +391,7 @@ ONE_TASK = ["--script", "run_ner.py", "--metric", "eval_f1", "--output_dir", "x"
         (["--demo", "--tasks", "ner"], "tasks of --config"),
         (["--config", "missing.yaml", "--output_dir", "x"], "cannot be read"),
         ([*ONE_TASK, "--", "--seed", "1"], "--seed is set for each run"),
+        ([*ONE_TASK, "--", "--validation_from_train=0.5"], "--validation_from_train is set for each run"),
         ([*ONE_TASK, "--", "--validation-from-train=0.5"], "--validation_from_train is set for each run"),
         ([*ONE_TASK, "--tune", "learning_rate", "--", "--do_train"], "NAME=VALUE"),
         ([*ONE_TASK, "--tune", "learning_rate=1,1", "--", "--do_train"], "different values"),

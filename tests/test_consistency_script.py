@@ -189,6 +189,7 @@ def test_plot_of_several_validation_sets(tmp_path, trained, monkeypatch):
         (["--models", "a=nowhere"], "nowhere is no folder of a saved model"),
         (["--", "--seed", "1"], "no data"),
         (["--", "--task_name", "mrpc", "--do_train"], "--do_train is set for each model"),
+        (["--", "--task_name", "mrpc", "--output_dir=x"], "--output_dir is set for each model"),
         (["--", "--task-name", "mrpc", "--output-dir=x"], "--output_dir is set for each model"),
     ],
 )

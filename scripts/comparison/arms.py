@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from common import option_name
+from common import option_name, option_names
 from data_files import closest
 
 from comparison.rows import RDROP
@@ -62,7 +62,7 @@ class Arm:
 
     def sets(self, name: str) -> bool:
         """Whether this argument is the arm's own choice, so that neither the task's holds nor is it tuned."""
-        return name in map(option_name, self.arguments)
+        return name in option_names(self.arguments)
 
     def without_own(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """These settings without those of which the arm has its own."""
@@ -137,7 +137,7 @@ def check_task(task: Task) -> Task:
     """
     if task.script not in SCRIPTS:
         raise ValueError(f"task {task.name}: script must be one of {', '.join(SCRIPTS)}; got {task.script!r}.")
-    given = set(map(option_name, task.arguments))
+    given = option_names(task.arguments)
     for name in SET_BY_COMPARE:
         if name in given:
             raise ValueError(f"--{name} is set for each run by compare.py: leave it out of the script's arguments.")

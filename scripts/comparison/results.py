@@ -69,18 +69,20 @@ def take_runs(runs: Sequence[Run], files: Sequence[Path]) -> None:
     for file in files:
         try:
             found = json.loads(file.read_text("utf-8"))
-            made = {_key(*(run[name] for name in RUN_KEYS)): run for run in [*found["runs"], *found["trials"]]}
-            histories = {key: as_lines(run["history"]) for key, run in made.items()}
+            made = {
+                _key(*(run[name] for name in RUN_KEYS)): {**run, "history": as_lines(run["history"])}
+                for run in [*found["runs"], *found["trials"]]
+            }
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"--take_from {file} is no comparison.json ({type(error).__name__}: {error}).") from error
         for run in runs:
-            key = _key(run.task, run.arm, run.seed, run.arguments)
-            if key in made and not run.results():
+            same = made.get(_key(run.task, run.arm, run.seed, run.arguments))
+            if same is not None and not run.results():
                 if run.output.exists():
                     shutil.rmtree(run.output)
                 run.output.mkdir(parents=True)
-                write_json(run.output / "trainer_state.json", {"log_history": histories[key]})
-                write_json(run.output / LAST_RESULT_FILE, made[key]["metrics"])
+                write_json(run.output / "trainer_state.json", {"log_history": same["history"]})
+                write_json(run.output / LAST_RESULT_FILE, same["metrics"])
                 write_json(run.folder / RUN_FILE, {"command": run.command[1:], "taken_from": str(file)})
 
 
