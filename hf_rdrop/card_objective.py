@@ -37,8 +37,8 @@ def objective_facts(argument: Callable[[str], Any], regression: bool, own_logits
     Returns:
         `agreement`, the sum of terms as text, and `terms`, their definitions, both empty for the symmetric KL alone;
         `within`, whether terms look at hidden states;
-        `sources` of sub-models beside dropout; `fixed_target`; `schedule` of alpha, "" when constant; `unlabeled`;
-        `own_logits`.
+        `sources` of sub-models beside dropout; `fixed_target`; `detached`; `schedule` of alpha, "" when constant;
+        `unlabeled`; `own_logits`.
     """
     terms = parse_agreement(argument("agreement"))
     variant = own_logits or terms != (Term("symmetric_kl", 1.0),)
@@ -53,6 +53,7 @@ def objective_facts(argument: Callable[[str], Any], regression: bool, own_logits
             if sources[name] is not None and (sources[name] or name == "second_dropout")
         ],
         "fixed_target": argument("deterministic_target"),
+        "detached": argument("detached_pass"),
         "schedule": _schedule(argument),
         "unlabeled": argument("unlabeled"),
         "own_logits": own_logits,

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -75,6 +75,12 @@ def find_head(model: Any) -> nn.Module | None:
     return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
 
+def _keep(seen: list[Tensor], hidden: Tensor) -> Tensor:
+    """In place of a head: keeps what it is applied to."""
+    seen.append(hidden)
+    return hidden[..., :1]
+
+
 class FusedHead:
     """Takes the place of a model's output embeddings for the length of one forward.
 
@@ -124,6 +130,8 @@ class FusedHead:
         shift_labels: bool,
         alpha: float,
         label_smoothing: float,
+        fixed_pass: Callable[[nn.Module], AbstractContextManager[None]] | None = None,
+        gradient_factor: float = 1.0,
     ) -> RDropLossOutput:
         """One forward over the repeated batch with `linear_rdrop_loss` in place of the head.
 
@@ -135,6 +143,9 @@ class FusedHead:
             shift_labels: whether the head scores position t against label t + 1.
             alpha: weight of the agreement.
             label_smoothing: share of the target given to the uniform distribution.
+            fixed_pass: makes, of `model`, the context of a forward before, over the plain batch and without gradient,
+                which the only pass, with `passes=1`, is to agree with; None for no such forward.
+            gradient_factor: times what the gradient of that agreement is taken.
 
         Returns:
             `RDropLossOutput(loss, ce, kl)`: means over the valid labels; only `loss` carries a graph.
@@ -144,8 +155,16 @@ class FusedHead:
         given = inputs.get("decoder_input_ids") is not None or inputs.get("decoder_inputs_embeds") is not None
         if self.needs_decoder_inputs and not given:  # as the model does when it gets labels
             inputs["decoder_input_ids"] = self._decoder_inputs(labels)
+        fixed = None
+        if fixed_pass is not None:
+            seen: list[Tensor] = []
+            with fixed_pass(model), self._replaced(torch.compiler.disable(partial(_keep, seen))):
+                model(**inputs)
+            (fixed,) = seen
         self._loss = partial(
             self._linear_loss,
+            fixed=fixed,
+            gradient_factor=gradient_factor,
             final_bias=self._final_bias,
             labels=shifted_labels(labels) if shift_labels else labels,
             alpha=alpha,

@@ -11,7 +11,6 @@ from .agreements import OUTPUT_AGREEMENTS, Term, hidden_state_agreement, parse_a
 from .batch import first_rows, stack_passes
 from .checks import check_own_loss
 from .contrastive import info_nce_agreement, pool
-from .dropout import dropout_off
 from .functional import AGREEMENTS, compute_dtype
 from .heads import Head, find_logits, items_to_compare, resolve_head
 from .parent_loss import check_comparison, check_gradient, outputs_behind, recorded_outputs
@@ -60,7 +59,7 @@ class Objective:
         return BatchLoss(ce, torch.zeros_like(ce), outputs)
 
     def compared(self, model: nn.Module, inputs: dict[str, Any], labels: Tensor | None, passes: int) -> BatchLoss:
-        """`passes` passes in one forward, or one that is compared with dropout off.
+        """`passes` passes in one forward, or one that is compared with another without gradient.
 
         Raises:
             ValueError: when there is nothing to compare in what the model returns, or when the loss treats it in
@@ -69,11 +68,10 @@ class Objective:
         trainer, size = self.trainer, self.trainer._batch_size(inputs)
         extra = {"output_hidden_states": True} if self.with_hidden else {}
         fixed = None
-        if trainer.rdrop_argument("deterministic_target"):
+        if trainer.one_learns:
             passes = 1
-            with torch.no_grad(), dropout_off(model):
+            with trainer.fixed_pass(model):
                 fixed = self._predictions(model(**inputs, **extra), inputs, labels, 1)
-            torch.clear_autocast_cache()  # torch before 2.8 would use its casts in the pass that learns
         repeated = {**(trainer.repeat(inputs, passes) if passes > 1 else inputs), **extra}
         ce, returned, recorded = self._ce(model, repeated, labels, passes)
         name = trainer._parent_loss
@@ -87,6 +85,10 @@ class Objective:
         if fixed is not None:
             found = _joined(fixed, found)
         values = [term.factor * self._distance(term, found, max(2, passes)) for term in self.terms]
+        for term, value in zip(self.terms, values, strict=True):
+            # (The one-sided divergence has a gradient by one pass anyhow.)
+            if trainer.gradient_factor != 1 and term.name != "one_sided_kl":
+                value.register_hook(lambda gradient: trainer.gradient_factor * gradient)
         return BatchLoss(ce, torch.stack(values).sum(), first_rows(returned, passes * size, size))
 
     def _ce(

@@ -1,10 +1,12 @@
 """A training run as its arguments ask for it: rates and sources of sub-models, and what each step is."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
-from .dropout import set_dropout
+import torch
+
+from .dropout import dropout_off, set_dropout
 from .item_counts import ItemCountMixin
 from .sub_models import SubModels
 from .training_args import RDropArguments
@@ -49,13 +51,34 @@ class RunMixin(ItemCountMixin):
         return bool(self.rdrop_argument("alpha")) and self.state.global_step % self.rdrop_argument("interval") == 0
 
     @property
+    def one_learns(self) -> bool:
+        """Whether one pass learns, on the plain batch, beside another without gradient."""
+        return bool(self.rdrop_argument("deterministic_target") or self.rdrop_argument("detached_pass"))
+
+    @contextmanager
+    def fixed_pass(self, model: Any) -> Iterator[None]:
+        """Where that other pass is made."""
+        with torch.no_grad(), nullcontext() if self.rdrop_argument("detached_pass") else dropout_off(model):
+            yield
+        torch.clear_autocast_cache()  # torch before 2.8 would use its casts in the pass that learns
+
+    @property
+    def gradient_factor(self) -> int:
+        """Times what the agreement's gradient by the pass that learns is taken.
+
+        Both passes of `rdrop_detached_pass` are drawn alike, so the gradients by one and by the other would have the
+        same mean: twice the one is the sum of both, on average.
+        """
+        return 2 if self.rdrop_argument("detached_pass") else 1
+
+    @property
     def _passes(self) -> int:
         """How often this optimizer step's batches are repeated while training."""
-        repeats = self._compares and not self.rdrop_argument("deterministic_target")
+        repeats = self._compares and not self.one_learns
         return self.rdrop_argument("passes") if repeats else 1
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         flops = super().floating_point_ops(inputs)
-        if self._compares and self.rdrop_argument("deterministic_target"):
+        if self._compares and self.one_learns:
             return flops * 4 // 3  # a forward more, which is a third of forward and backward
         return flops * self._passes

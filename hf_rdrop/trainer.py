@@ -70,6 +70,7 @@ class RDropMixin(CleanPushMixin, ResumeMixin, StepLogMixin, _AnyTrainer):
         rdrop_fused_head: `"auto"`, `"on"` or `"off"`: the loss of a language model in place of its head.
         rdrop_shared_layers: number, or fraction, of the lower layers that the passes share; 0 for none.
         rdrop_interval: R-Drop at every n-th optimizer step, n >= 1.
+        rdrop_detached_pass: one of two passes without gradient.
 
     Raises:
         ValueError: before the first step, when the set-up cannot work (nothing stochastic in the model, unsupported
@@ -130,9 +131,10 @@ class RDropMixin(CleanPushMixin, ResumeMixin, StepLogMixin, _AnyTrainer):
         """What of R-Drop's own needs the model's outputs, so that no fused head can take their place."""
         if self.logits_for_agreement is not None:
             return "logits_for_agreement gets the model's outputs"
-        for name, plain in (("agreement", "symmetric_kl"), ("deterministic_target", False), ("unlabeled", False)):
-            if (value := self.rdrop_argument(name)) != plain:
-                return f"rdrop_{name}={value} needs the logits"
+        if (agreement := self.rdrop_argument("agreement")) != "symmetric_kl":
+            return f"rdrop_agreement={agreement} needs the logits"
+        if self.rdrop_argument("unlabeled"):
+            return "rdrop_unlabeled needs the logits"
         return self.user_of_outputs
 
     @property
@@ -237,6 +239,8 @@ class RDropMixin(CleanPushMixin, ResumeMixin, StepLogMixin, _AnyTrainer):
                 shift_labels=self.shifts_labels,
                 alpha=self._alpha,
                 label_smoothing=self.args.label_smoothing_factor,
+                fixed_pass=self.fixed_pass if self.one_learns and self._compares else None,
+                gradient_factor=self.gradient_factor,
             )
             return BatchLoss(ce, kl, None, loss)
         if not self._compares:

@@ -46,7 +46,7 @@ class RDropArguments(VariantArguments):
         },
     )
 
-    # Exact, so it is on where it pays; the other two change the objective and are off.
+    # Exact, so it is on where it pays; the other three change the objective or its noise and are off.
     rdrop_fused_head: str = field(
         default="auto",
         metadata={
@@ -71,6 +71,15 @@ class RDropArguments(VariantArguments):
         metadata={
             "help": "Economy: R-Drop at every n-th optimizer step only, n >= 1, plain steps on the plain batch "
             "between them. 1 is the paper, which found larger intervals faster and less good."
+        },
+    )
+
+    rdrop_detached_pass: bool = field(
+        default=False,
+        metadata={
+            "help": "Economy: one of the two passes is a forward without gradient, so that a step costs about 4/3 of "
+            "a plain one, and little more memory. The gradient of the agreement by the other pass counts twice: the "
+            "expected gradient is R-Drop's, but its noise, of one pass in place of two, is larger."
         },
     )
 

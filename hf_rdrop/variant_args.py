@@ -113,19 +113,30 @@ class VariantArguments:
             raise ValueError(
                 f"rdrop_embedding_noise must be a finite number >= 0, got {noise!r}: a standard deviation."
             )
-        if self.rdrop_deterministic_target:
-            self._check_deterministic_target()
+        self._check_one_learning_pass()
         parent_post_init = getattr(super(), "__post_init__", None)
         if parent_post_init is not None:
             parent_post_init()
 
-    def _check_deterministic_target(self) -> None:
-        for name, plain in (("passes", 2), ("shared_layers", 0), ("second_dropout", None)):
+    def _check_one_learning_pass(self) -> None:
+        detached = getattr(self, "rdrop_detached_pass", False)
+        if not detached and not self.rdrop_deterministic_target:
+            return
+        kind = "rdrop_detached_pass" if detached else "rdrop_deterministic_target"
+        others = {"passes": 2, "shared_layers": 0, "second_dropout": None}
+        if detached:
+            others["deterministic_target"] = False
+        for name, plain in others.items():
             if (value := getattr(self, f"rdrop_{name}", plain)) != plain:
                 raise ValueError(
-                    f"rdrop_deterministic_target has one pass with dropout and one without, on a batch that is not "
-                    f"repeated, so rdrop_{name}={value!r} has no meaning there: leave it out."
+                    f"{kind} has one pass that learns and one without gradient, on a batch that is not repeated, so "
+                    f"rdrop_{name}={value!r} has no meaning there: leave it out."
                 )
+        if detached and any(term.name == "info_nce" for term in parse_agreement(self.rdrop_agreement)):
+            raise ValueError(
+                "rdrop_detached_pass has the gradient of R-Drop on average for agreements in which both passes count "
+                "alike, and info_nce is none of these: leave one of the two out."
+            )
 
 
 def _is_number(value: Any) -> bool:

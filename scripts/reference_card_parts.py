@@ -172,7 +172,12 @@ def in_words(row: Row, base: Row | None) -> str:
     arm, metric = code(row.arm), inline(scored_name(row.metric))
     if base is None or row.gain is None:
         return f"{arm}: {metric} {spread(row)}; no run of the baseline has the same seed."
-    words = [f"{arm}: {metric} {spread(row)} beside {spread(base)} of the baseline, {gain(row.gain)}."]
+    words = [f"{arm}: {metric} {spread(row)} beside {spread(base)} of the baseline, {gain(row.gain)}"]
+    if row.scores.keys() != base.scores.keys():
+        seeds = row.gain.seeds
+        words[0] += f" over the {len(seeds)} seeds" if len(seeds) > 1 else f" with seed {seeds[0]}, the only one"
+        words[0] += " that both have"
+    words[0] += "."
     interval, p = row.gain.interval, row.gain.holm
     if interval is None:
         words.append("These runs give no interval: too few seeds, or equal differences.")

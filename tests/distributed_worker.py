@@ -39,6 +39,7 @@ PARTS = {
             ("causal", FUSED, ACCUMULATED),
             ("token", JENSEN_SHANNON, ACCUMULATED),
             ("single", FIXED_TARGET, ACCUMULATED),
+            ("seq2seq", {**FUSED, **FIXED_TARGET}, ACCUMULATED),
             *((head, UNLABELED, ACCUMULATED) for head in ("regression", "token")),
         ],
         "per rank": ["single", "token"],

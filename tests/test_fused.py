@@ -71,6 +71,38 @@ def test_value_and_gradients_are_the_reference(passes, smoothing, chunk_bytes):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("chunk_bytes", [None, 1, 400])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("factor", [1.0, 2.0])
+def test_agreement_with_a_fixed_pass(factor, smoothing, chunk_bytes):
+    """Its predictions are constants, and its CE does not count; the factor changes the gradient and no value."""
+    both, weight, bias, labels = make_case(2)
+    fixed, hidden = both.detach().chunk(2)
+    hidden.requires_grad_()
+    ours = linear_rdrop_loss(
+        hidden,
+        weight,
+        labels,
+        bias=bias,
+        alpha=3.0,
+        label_smoothing=smoothing,
+        passes=1,
+        chunk_bytes=chunk_bytes,
+        fixed=fixed,
+        gradient_factor=factor,
+    )
+    leaves = copies(hidden, weight, bias)
+    logits, constants = F.linear(*leaves), F.linear(fixed, weight, bias).detach()
+    ce = torch_reference(torch.stack((logits, logits)), labels, 0.0, smoothing=smoothing)[1]
+    kl = torch_reference(torch.stack((constants, logits)), labels, 3.0)[2]
+    grads = torch.autograd.grad(ce + factor * 1.5 * kl, leaves)
+    assert kl > 0.1
+    for a, b in zip(
+        (*ours, *gradients(ours.loss, hidden, weight, bias)), (ce + 1.5 * kl, ce, kl, *grads), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
 def test_gradcheck_with_chunks_and_ignored_items():
     hidden, weight, bias, labels = make_case(items=4, width=3, vocabulary=5)
     labels[1] = -100
@@ -231,7 +263,8 @@ def test_compiled_blocks_give_the_same(smoothing):
         outcomes.append((block(logits, labels, valid, 3.0, smoothing, 1.0), logits))
     values, _ = reference(hidden, weight, bias, labels, 3.0, smoothing)
     for sums, gradient in outcomes:
-        assert (sums / valid.sum()).tolist() == pytest.approx([2 * values[1].item(), values[2].item()], rel=1e-5)
+        *ces, kl = (sums / valid.sum()).tolist()
+        assert (sum(ces) / 2, kl) == pytest.approx((values[1].item(), values[2].item()), rel=1e-5)
         assert gradient[:, ~valid].abs().max() == 0
         torch.testing.assert_close(gradient, outcomes[0][1])
 
@@ -260,6 +293,8 @@ def test_where_compiling_fails_the_plain_operations_go_on(monkeypatch, caplog):
         ({"labels": torch.tensor([0, 1, -1, 0, 0, 0, 0])}, r"class indices in \[0, 11\)"),
         ({"weight": torch.zeros(11, 4)}, "do not fit"),
         ({"bias": torch.zeros(3)}, "do not fit"),
+        ({"fixed": torch.zeros(14, 5)}, "fixed has shape .* with passes=2"),
+        ({"passes": 1, "labels": torch.zeros(14).long(), "fixed": torch.zeros(7, 5)}, "over the same rows"),
     ],
 )
 def test_bad_arguments_are_named(change, message):

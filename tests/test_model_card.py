@@ -465,6 +465,10 @@ VARIANTS = {
         {"rdrop_deterministic_target": True},
         ["one pass with dropout (P_1) beside one without (P_0)", "CE_1 + 1 * sKL(P_0, P_1)", "a fixed target"],
     ),
+    "detached": (
+        {"rdrop_detached_pass": True},
+        ["with `rdrop_alpha` 2 and 2 passes", "CE_2 + 1 * sKL(P_1, P_2)", "Economy: the first pass had no gradient"],
+    ),
     "unlabeled": (
         {"rdrop_unlabeled": True},
         ["CE is a mean over the labelled rows", "one over those of all its rows"],
@@ -492,7 +496,8 @@ def test_variants_are_told(variant, tmp_path):
 
 def test_the_default_is_told_without_variants(trained):
     part = section(card(trained), "R-Drop")
-    for words in ("A =", "rose to", "Sources", "fixed target", "labelled", "in the end", "logits_for_agreement"):
+    variants = ("A =", "rose to", "Sources", "fixed target", "labelled", "in the end", "logits_for_agreement")
+    for words in (*variants, "no gradient"):
         assert words not in part
 
 

@@ -143,6 +143,9 @@ def test_words_follow_the_figures():
     assert "does not confirm" in in_words(*rows_of((0.5, 0.5, 0.5), (0.51, 0.6, 0.9)))
     assert "no interval" in in_words(*rows_of((0.5,), (0.6,)))
     assert "no run of the baseline" in in_words(*rows_of((), (0.6, 0.7)))
+    assert "the baseline, +11.00 over the 2 seeds that both have." in in_words(*rows_of((0.5, 0.6, 0), (0.6, 0.72)))
+    assert "+10.00 with seed 0, the only one that both have." in in_words(*rows_of((0.5, 0.6), (0.6,)))
+    assert "that both have" not in better
     ece = {"eval_ece": {"baseline": (0.2, 0.2, 0.2), "rdrop": (0.1, 0.1, 0.4)}}
     told = in_words(*rows_of((0.5, 0.6, 0.7), (0.6, 0.71, 0.82), **ece))
     assert "ece 0.200 beside 0.200 (lower with 2 of 3 seeds)" in told and "1.00x the time" in told

@@ -230,7 +230,12 @@ def test_an_epoch_of_rows_without_labels(head):
     assert all(value.isfinite().all() for value in model.parameters())
 
 
-VARIANTS = [{"rdrop_interval": 2}, {"rdrop_deterministic_target": True}, {"rdrop_agreement": "squared_logits"}]
+VARIANTS = [
+    {"rdrop_interval": 2},
+    {"rdrop_deterministic_target": True},
+    {"rdrop_detached_pass": True},
+    {"rdrop_agreement": "squared_logits"},
+]
 
 
 @pytest.mark.parametrize("args", VARIANTS)

@@ -95,16 +95,93 @@ def test_a_deterministic_target_is_one_pass_that_learns_beside_one_without_dropo
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
 
 
-def test_a_deterministic_target_trains_every_weight_under_autocast(tmp_path):
-    """The casts that autocast keeps of the pass without gradient must not serve the one with it."""
+def watch_forwards(model):
+    """Two lists: seeds for the forwards to come, one each, and whether those past had gradients."""
+    seeds, had_gradient = [], []
+
+    def before_forward(*_):
+        torch.manual_seed(seeds.pop(0))
+        had_gradient.append(torch.is_grad_enabled())
+
+    model.register_forward_pre_hook(before_forward)
+    return seeds, had_gradient
+
+
+@pytest.mark.parametrize("head", [*HEADS, "fused"])
+def test_a_detached_pass_has_the_gradient_of_r_drop_on_average(head, tmp_path):
+    """Two passes, each once without gradient: the mean of the two gradients is R-Drop's over these passes."""
+    args = {"rdrop_fused_head": "on"} if head == "fused" else {}
+    head = "seq2seq" if head == "fused" else head
+    model = make_model(head, 0.2)
+    trainer = make_trainer(model, head, tmp_path, rdrop_detached_pass=True, rdrop_alpha=3.0, **args)
+    inputs = batch_of(head, model)
+
+    def loss_and_gradients(loss):
+        model.zero_grad()
+        loss.backward()
+        return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+    trainer.compute_loss(model, inputs)  # tries the model out
+    seeds, had_gradient = watch_forwards(model)
+    found = []
+    for order in ((1, 2), (2, 1)):
+        seeds[:] = order
+        found.append(loss_and_gradients(trainer.compute_loss(model, inputs)))
+    assert had_gradient == [False, True] * 2
+    assert (trainer._economies.fused_head is not None) == bool(args)
+    seeds[:] = (1, 2)
+    first, second = model(**inputs), model(**inputs)
+    logits = torch.stack((first.logits, second.logits))
+    resolved = resolve_head(model.config, logits.flatten(0, 1), inputs["labels"], 2)
+    kl = OUTPUT_AGREEMENTS["symmetric_kl"](logits, resolved.mask, resolved.problem_type)
+    assert kl > 1e-3
+    expected = loss_and_gradients((first.loss + second.loss) / 2 + 1.5 * kl)
+    for one, other, both in zip(*found, expected, strict=True):
+        torch.testing.assert_close((one + other) / 2, both, rtol=1e-4, atol=1e-6)
+
+
+def test_nothing_of_a_one_sided_divergence_is_doubled(tmp_path):
+    """Its earlier pass has no gradient anyhow."""
     model = make_model("single", 0.2)
-    trainer = make_trainer(model, "single", tmp_path, rdrop_deterministic_target=True)
+    args = {"rdrop_detached_pass": True, "rdrop_agreement": "one_sided_kl", "rdrop_alpha": 3.0}
+    trainer, inputs = make_trainer(model, "single", tmp_path, **args), batch_of("single", model)
+    trainer.compute_loss(model, inputs)
+    (seeds, _), gradients = watch_forwards(model), []
+    for naive in (False, True):
+        seeds[:] = (1, 2)
+        if naive:
+            first, second = model(**inputs), model(**inputs)
+            p, q = first.logits.detach().log_softmax(-1), second.logits.log_softmax(-1)
+            loss = second.loss + 1.5 * (p.exp() * (p - q)).sum(-1).mean()
+        else:
+            loss = trainer.compute_loss(model, inputs)
+        model.zero_grad()
+        loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("head", "args"),
+    [
+        ("single", {"rdrop_deterministic_target": True}),
+        ("single", {"rdrop_detached_pass": True}),
+        ("seq2seq", {"rdrop_detached_pass": True, "rdrop_fused_head": "on"}),
+    ],
+)
+def test_the_pass_without_gradient_leaves_every_weight_to_train_under_autocast(head, args, tmp_path):
+    """The casts that autocast keeps of it must not serve the one with gradient."""
+    model = make_model(head, 0.2)
+    trainer = make_trainer(model, head, tmp_path, **args)
     with torch.autocast("cpu", torch.bfloat16):
-        loss = trainer.compute_loss(model, batch_of("single", model))
+        loss = trainer.compute_loss(model, batch_of(head, model))
     loss.backward()
-    assert all(
-        p.grad is not None and p.grad.abs().sum() > 0 for n, p in model.named_parameters() if "key.bias" not in n
-    )
+    keys = ("key.bias", "k_proj.bias")  # which change no attention
+    assert [
+        name
+        for name, p in model.named_parameters()
+        if p.requires_grad and not name.endswith(keys) and (p.grad is None or p.grad.abs().sum() == 0)
+    ] == []
 
 
 SOURCES = [
@@ -130,6 +207,12 @@ def make_llama():
             initializer_range=0.3,
         )
     )
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_detached_pass_is_another_sub_model_of_each_source(source):
+    trainer = train(make_llama(), rdrop_detached_pass=True, **source)
+    assert all(entry["kl_loss"] > 1e-3 for entry in step_logs(trainer))
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -287,9 +370,9 @@ def test_the_fused_head_gives_way(caplog):
         )
 
 
-def test_floating_point_operations_of_a_deterministic_target():
+@pytest.mark.parametrize("name", ["rdrop_deterministic_target", "rdrop_detached_pass"])
+def test_floating_point_operations_of_a_pass_without_gradient(name):
     plain, more = (
-        train(make_model("single"), rdrop_alpha=alpha, rdrop_deterministic_target=True).state.total_flos
-        for alpha in (0.0, 1.0)
+        train(make_model("single"), rdrop_alpha=alpha, **{name: True}).state.total_flos for alpha in (0.0, 1.0)
     )
     assert more == plain * 4 // 3
