@@ -68,9 +68,9 @@ class Objective:
         trainer, size = self.trainer, self.trainer._batch_size(inputs)
         extra = {"output_hidden_states": True} if self.with_hidden else {}
         fixed = None
-        if trainer.one_learns:
+        if trainer._one_learns:
             passes = 1
-            with trainer.fixed_pass(model):
+            with trainer._fixed_pass(model):
                 fixed = self._predictions(model(**inputs, **extra), inputs, labels, 1)
         repeated = {**(trainer.repeat(inputs, passes) if passes > 1 else inputs), **extra}
         ce, returned, recorded = self._ce(model, repeated, labels, passes)
@@ -85,10 +85,11 @@ class Objective:
         if fixed is not None:
             found = _joined(fixed, found)
         values = [term.factor * self._distance(term, found, max(2, passes)) for term in self.terms]
-        for term, value in zip(self.terms, values, strict=True):
-            # (The one-sided divergence has a gradient by one pass anyhow.)
-            if trainer.gradient_factor != 1 and term.name != "one_sided_kl":
-                value.register_hook(lambda gradient: trainer.gradient_factor * gradient)
+        if (factor := trainer._gradient_factor) != 1:
+            for term, value in zip(self.terms, values, strict=True):
+                # (The one-sided divergence has a gradient by one pass anyhow; hidden states may be frozen.)
+                if term.name != "one_sided_kl" and value.requires_grad:
+                    value.register_hook(lambda gradient: factor * gradient)
         return BatchLoss(ce, torch.stack(values).sum(), first_rows(returned, passes * size, size))
 
     def _ce(

@@ -51,19 +51,19 @@ class RunMixin(ItemCountMixin):
         return bool(self.rdrop_argument("alpha")) and self.state.global_step % self.rdrop_argument("interval") == 0
 
     @property
-    def one_learns(self) -> bool:
+    def _one_learns(self) -> bool:
         """Whether one pass learns, on the plain batch, beside another without gradient."""
         return bool(self.rdrop_argument("deterministic_target") or self.rdrop_argument("detached_pass"))
 
     @contextmanager
-    def fixed_pass(self, model: Any) -> Iterator[None]:
+    def _fixed_pass(self, model: Any) -> Iterator[None]:
         """Where that other pass is made."""
         with torch.no_grad(), nullcontext() if self.rdrop_argument("detached_pass") else dropout_off(model):
             yield
         torch.clear_autocast_cache()  # torch before 2.8 would use its casts in the pass that learns
 
     @property
-    def gradient_factor(self) -> int:
+    def _gradient_factor(self) -> int:
         """Times what the agreement's gradient by the pass that learns is taken.
 
         Both passes of `rdrop_detached_pass` are drawn alike, so the gradients by one and by the other would have the
@@ -74,11 +74,11 @@ class RunMixin(ItemCountMixin):
     @property
     def _passes(self) -> int:
         """How often this optimizer step's batches are repeated while training."""
-        repeats = self._compares and not self.one_learns
+        repeats = self._compares and not self._one_learns
         return self.rdrop_argument("passes") if repeats else 1
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         flops = super().floating_point_ops(inputs)
-        if self._compares and self.one_learns:
+        if self._compares and self._one_learns:
             return flops * 4 // 3  # a forward more, which is a third of forward and backward
         return flops * self._passes

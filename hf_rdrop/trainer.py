@@ -239,8 +239,8 @@ class RDropMixin(CleanPushMixin, ResumeMixin, StepLogMixin, _AnyTrainer):
                 shift_labels=self.shifts_labels,
                 alpha=self._alpha,
                 label_smoothing=self.args.label_smoothing_factor,
-                fixed_pass=self.fixed_pass if self.one_learns and self._compares else None,
-                gradient_factor=self.gradient_factor,
+                fixed_pass=self._fixed_pass if self._one_learns and self._compares else None,
+                gradient_factor=self._gradient_factor,
             )
             return BatchLoss(ce, kl, None, loss)
         if not self._compares:

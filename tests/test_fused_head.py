@@ -401,7 +401,8 @@ def test_the_check_draws_no_random_number_and_keeps_training_flags():
     assert trainer.model.training and not frozen.training and trainer._economies.fused_head is not None
 
 
-def test_a_compiled_model_is_not_compiled_again_for_every_step():
+@pytest.mark.parametrize("args", [{}, {"rdrop_detached_pass": True}])
+def test_a_compiled_model_is_not_compiled_again_for_every_step(args):
     counts = []
     for steps in (2, 6):
         torch._dynamo.reset()
@@ -414,6 +415,7 @@ def test_a_compiled_model_is_not_compiled_again_for_every_step():
             max_steps=steps,
             torch_compile=True,
             torch_compile_backend="eager",
+            **args,
         )
         counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert counts[0] == counts[1] > 0
