@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 
 from .functional import _BLOCK_ELEMENTS
-from .fused import _BLOCK_ELEMENTS_PER_CORE, default_chunk_bytes
+from .fused import default_chunk_bytes
+from .fused_blocks import BLOCK_ELEMENTS_PER_CORE
 from .model_shape import LayerStack, ModelShape
 
 
@@ -129,7 +130,7 @@ def peak_memory(shape: ModelShape, step: Step) -> float:
     weight, logits = shape.width * shape.classes, items * shape.classes
     if step.fused_head:  # the gradients of hidden states and weight, and a chunk or the weight's scaled gradient
         chunk = min(default_chunk_bytes(weight) // 4, logits)
-        block = _BLOCK_COPIES * _BLOCK_ELEMENTS_PER_CORE * torch.get_num_threads()
+        block = _BLOCK_COPIES * BLOCK_ELEMENTS_PER_CORE * torch.get_num_threads()
         blocks = min(chunk, block) if shape.device_type == "cpu" else 0
         elements = items * shape.width + weight + max(chunk + blocks, weight)
     else:

@@ -1,27 +1,18 @@
 """R-Drop's loss straight from hidden states and the weight of a language-model head, without the full logits."""
 
-import functools
-import logging
 import math
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .functional import compute_dtype
+from .fused_blocks import logits_to_gradient
 from .loss import RDropLossOutput, check_alpha, check_class_indices
-
-logger = logging.getLogger(__name__)
 
 # A chunk of logits may take as much memory as the float32 gradient of the weight, which has to exist anyway: its
 # matrix products then have as many rows as the head is wide, enough to be bound by arithmetic. Within these bounds:
 _MIN_CHUNK_BYTES, _MAX_CHUNK_BYTES = 2**24, 2**30
-# On a CPU the elementwise work goes through a chunk in blocks that stay in a core's cache (float32 elements a core).
-_BLOCK_ELEMENTS_PER_CORE = 2**19
-
-_can_compile = True
 
 
 def linear_rdrop_loss(
@@ -148,9 +139,7 @@ class _LinearRDrop(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         learning, items, width = hidden.shape
         passes = learning + (fixed is not None)
-        # Beside a fixed pass: half the sum of both passes' CE, and of the gradients by both of the agreement, is made
-        # to be one pass's own.
-        agreement = alpha if fixed is None else alpha * gradient_factor / 2
+        agreement = alpha / 2 * gradient_factor
         vocabulary, precise = len(weight), compute_dtype(hidden)
         w = weight.to(dtype)
         # A class forbidden by a bias of -inf has probability 0 all the same; its log-ratio must not become nan.
@@ -163,7 +152,7 @@ class _LinearRDrop(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden, dtype=keep) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=precise) if need_weight else None
         grad_bias = torch.zeros_like(bias, dtype=precise) if bias is not None and need_bias else None
-        sums = torch.zeros(passes + 1, dtype=precise, device=hidden.device)  # of each pass's CE, and of KL
+        sums = torch.zeros(2, dtype=precise, device=hidden.device)  # of CE (over the passes that learn) and KL
 
         rows = min(rows, max(items, 1))
         buffer = torch.empty(passes * rows * vocabulary, dtype=dtype, device=hidden.device)
@@ -177,13 +166,14 @@ class _LinearRDrop(torch.autograd.Function):
                 torch.mm(h, w.T, out=logits)
             else:
                 torch.addmm(b, h, w.T, out=logits)
-            sums += _logits_to_gradient(
+            sums += logits_to_gradient(
                 logits.view(passes, -1, vocabulary),
                 labels[start : start + rows],
                 None if valid is None else valid[start : start + rows],
                 agreement,
                 smoothing,
                 scale,
+                fixed is not None,
             )
             if fixed is not None:
                 h, logits = h.chunk(2)[1], logits.chunk(2)[1]
@@ -198,9 +188,9 @@ class _LinearRDrop(torch.autograd.Function):
 
         count = torch.tensor(items, device=hidden.device) if valid is None else valid.sum()
         per_item = 1 / count.clamp(min=1).to(precise)
-        *ces, kl = (sums * per_item).unbind()
-        ce = torch.stack(ces[-learning:]).mean()
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias, per_item * passes / learning / scale)
+        ce, kl = (sums * per_item).unbind()
+        ce = ce / learning
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias, per_item / scale)
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         ctx.mark_non_differentiable(ce, kl)
         return ce + alpha / 2 * kl, ce, kl
@@ -214,75 +204,3 @@ class _LinearRDrop(torch.autograd.Function):
             None if grad is None else (grad * factor).to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)
         )
         return (*scaled, None, None, None, None, None, None, None, None)
-
-
-def _logits_to_gradient(
-    logits: Tensor, labels: Tensor, valid: Tensor | None, alpha: float, smoothing: float, scale: float
-) -> Tensor:
-    """Turn a chunk `[m, r, V]` of logits into their gradient in place; returns its sums of CEs and KL, `[m + 1]`."""
-    if logits.device.type != "cpu":
-        return _on_accelerator(logits, labels, valid, alpha, smoothing, scale)
-    block = max(1, _BLOCK_ELEMENTS_PER_CORE * torch.get_num_threads() // (len(logits) * logits.shape[-1]))
-    starts = range(0, logits.shape[1], block)
-    sums = [
-        _block_to_gradient(logits[:, i : i + block], labels[i : i + block], None, alpha, smoothing, scale)
-        for i in starts
-    ]
-    return torch.stack(sums).sum(0)
-
-
-def _block_to_gradient(
-    logits: Tensor, labels: Tensor, valid: Tensor | None, alpha: float, smoothing: float, scale: float
-) -> Tensor:
-    """The closed form: one exponential per logit, as much as possible in place. See `linear_rdrop_loss`."""
-    passes, items, vocabulary = logits.shape
-    z = logits.to(compute_dtype(logits))  # float32 and float64 stay where they are
-    index = labels.expand(passes, items)[..., None]
-    if valid is not None:
-        index = index.clamp(min=0)  # -100 is no index
-    ce = -(1 - smoothing) * z.gather(-1, index)
-    if smoothing:
-        ce = ce - smoothing * z.mean(-1, keepdim=True)
-    u = z - z.mean(0)
-    top = z.amax(-1, keepdim=True)
-    total = z.sub_(top).exp_().sum(-1, keepdim=True)
-    log_total = total.log() + top
-    ce = (ce + log_total).squeeze(-1)
-    p = z.div_(total)
-    if passes > 1:
-        weight = alpha / 2 / (passes - 1)
-        u -= log_total - log_total.mean(0)
-        v = p - p.mean(0)
-        kl = torch.linalg.vecdot(u, v).sum(0) / (passes - 1)
-        inner = torch.linalg.vecdot(p, u)[..., None]
-        p.mul_(u.mul_(weight).add_(1 / passes - weight * inner)).add_(v, alpha=weight)
-    else:
-        kl = torch.zeros_like(ce[0])
-    if smoothing:
-        p.sub_(smoothing / (passes * vocabulary))
-    p.scatter_add_(-1, index, p.new_full(index.shape, -(1 - smoothing) / passes))
-    if scale != 1:
-        p.mul_(scale).clamp_(torch.finfo(logits.dtype).min, torch.finfo(logits.dtype).max)
-    if valid is not None:  # not a product: an ignored row may hold inf or nan
-        ce, kl = torch.where(valid, ce, 0), torch.where(valid, kl, 0)
-        p.masked_fill_(~valid[:, None], 0)
-    if p.dtype != logits.dtype:
-        logits.copy_(p)
-    return torch.stack((*ce.sum(-1), kl.sum()))
-
-
-@functools.cache
-def _compiled_block() -> Callable[..., Tensor]:
-    return torch.compile(_block_to_gradient)
-
-
-def _on_accelerator(*args: Any) -> Tensor:
-    """The same as one fused kernel a chunk where torch.compile works, else operation by operation."""
-    global _can_compile
-    if _can_compile:
-        try:
-            return _compiled_block()(*args)
-        except Exception as error:  # no compiler, no Triton, an unsupported device: many exception types
-            _can_compile = False
-            logger.warning(f"torch.compile failed for the fused R-Drop loss, which goes on uncompiled: {error}")
-    return _block_to_gradient(*args)

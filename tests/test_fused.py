@@ -9,7 +9,7 @@ from benchmark_measure import peak_bytes
 from reference import torch_reference
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_rdrop import RDropLoss, fused
+from hf_rdrop import RDropLoss, fused_blocks
 from hf_rdrop.functional import softmax_agreement
 from hf_rdrop.fused import linear_rdrop_loss
 
@@ -252,34 +252,39 @@ def test_backward_twice_with_a_kept_graph():
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_compiled_blocks_give_the_same(smoothing):
+@pytest.mark.parametrize("name", ["plain_block", "fixed_block"])
+def test_compiled_blocks_give_the_same(name, smoothing):
     """What accelerators run: compiled, whole chunks, ignored items masked and not taken out."""
     hidden, weight, bias, labels = make_case(2, 24, 8, 130, torch.float32)
-    valid = labels != -100
+    valid, block = labels != -100, getattr(fused_blocks, name)
     outcomes = []
-    for block in (fused._block_to_gradient, fused._compiled_block()):
+    for function in (block, fused_blocks.compiled(block)):
         logits = F.linear(hidden, weight, bias).detach().view(2, 24, -1).clone()
         logits[:, ~valid] = torch.nan  # nothing of an ignored item may count
-        outcomes.append((block(logits, labels, valid, 3.0, smoothing, 1.0), logits))
-    values, _ = reference(hidden, weight, bias, labels, 3.0, smoothing)
-    for sums, gradient in outcomes:
-        *ces, kl = (sums / valid.sum()).tolist()
-        assert (sum(ces) / 2, kl) == pytest.approx((values[1].item(), values[2].item()), rel=1e-5)
+        outcomes.append((function(logits, labels, valid, 1.5, smoothing, 1.0), logits))
+    learning = hidden if name == "plain_block" else hidden[24:].repeat(2, 1)
+    ce = reference(learning, weight, bias, labels, 0.0, smoothing)[0][1].item() * (2 if name == "plain_block" else 1)
+    kl = reference(hidden, weight, bias, labels, 3.0, smoothing)[0][2].item()
+    gradients = [gradient[name == "fixed_block" :] for _, gradient in outcomes]
+    for (sums, _), gradient in zip(outcomes, gradients, strict=True):
+        assert (sums / valid.sum()).tolist() == pytest.approx([ce, kl], rel=1e-5)
         assert gradient[:, ~valid].abs().max() == 0
-        torch.testing.assert_close(gradient, outcomes[0][1])
+        torch.testing.assert_close(gradient, gradients[0])
 
 
 def test_where_compiling_fails_the_plain_operations_go_on(monkeypatch, caplog):
     def broken(*_):
         raise RuntimeError("no Triton here")
 
-    monkeypatch.setattr(fused, "_can_compile", True)
-    monkeypatch.setattr(fused, "_compiled_block", lambda: broken)
+    monkeypatch.setattr(fused_blocks, "_can_compile", True)
+    monkeypatch.setattr(fused_blocks, "compiled", lambda block: broken)
     hidden, weight, bias, labels = make_case(ignored=0)
     logits = F.linear(hidden, weight, bias).detach().view(2, 7, -1)
-    expected = fused._block_to_gradient(logits.clone(), labels, None, 1.0, 0.0, 1.0)
+    rest = (labels, None, 0.5, 0.0, 1.0)
+    expected = fused_blocks.plain_block(logits.clone(), *rest)
     for _ in range(2):
-        torch.testing.assert_close(fused._on_accelerator(logits.clone(), labels, None, 1.0, 0.0, 1.0), expected)
+        found = fused_blocks._on_accelerator(fused_blocks.plain_block, logits.clone(), *rest)
+        torch.testing.assert_close(found, expected)
     assert caplog.text.count("no Triton here") == 1
 
 
