@@ -160,6 +160,12 @@ def test_time_is_the_processors_on_a_cpu_and_the_walls_elsewhere():
     assert ratio(cpu, cpu | {"device": "cuda"}) == ("wall", 4.0)
     assert ratio(cpu, {"device": "cpu"}) == ("wall", 4.0)
     assert ratio({}, {}) == ("wall", 4.0)
+    # A run of another machine, without its times, says nothing of the clock.
+    runs = [make_run("ner", arm, seed, 0.5, 10.0, **cpu) for arm in ("baseline", "rdrop") for seed in range(2)]
+    for name in ("train_runtime", "train_cpu_seconds"):
+        del runs[-1]["metrics"][name]
+    cost = make_report(runs, METRICS, ARMS).of_task("ner")["rdrop"].cost
+    assert (cost.clock, cost.time) == ("CPU", 1.0)
 
 
 def test_ratios_are_medians_of_pairs_and_what_was_not_measured_is_none():

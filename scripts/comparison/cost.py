@@ -32,9 +32,11 @@ class Cost:
 def cost_ratios(arm: Mapping[int, Mapping[str, Any]], base: Mapping[int, Mapping[str, Any]]) -> Cost:
     """The cost of an arm on a task, from the metrics by seed of its runs and of the baseline's.
 
-    The clock is the CPU's when all runs were on a CPU (`device`) and have `train_cpu_seconds`.
+    The clock is the CPU's when all runs were on a CPU (`device`) and have `train_cpu_seconds`. Runs without any time
+    do not count: those of another machine, say, whose times were taken out of their records.
     """
     pairs = [(arm[seed], base[seed]) for seed in sorted(arm.keys() & base.keys())]
+    timed = [run for pair in pairs if all(run.get("train_runtime") for run in pair) for run in pair]
 
     def ratio(name: str) -> float | None:
         found = [ours[name] / theirs[name] for ours, theirs in pairs if ours.get(name) and theirs.get(name)]
@@ -42,10 +44,10 @@ def cost_ratios(arm: Mapping[int, Mapping[str, Any]], base: Mapping[int, Mapping
 
     # Processor seconds count what a run costs also while other runs wait for the same cores. On a GPU they do not
     # count what the GPU does.
-    on_cpu = all(run.get("device") == "cpu" and run.get("train_cpu_seconds") for pair in pairs for run in pair)
+    on_cpu = all(run.get("device") == "cpu" and run.get("train_cpu_seconds") for run in timed)
     time = ratio("train_cpu_seconds" if on_cpu else "train_runtime")
     speed, memory = ratio("train_samples_per_second"), ratio("train_peak_memory_mib")
-    return Cost(time, "CPU" if on_cpu and pairs else "wall", speed, memory)
+    return Cost(time, "CPU" if on_cpu and timed else "wall", speed, memory)
 
 
 def mean_cost(costs: Sequence[Cost]) -> Cost:
