@@ -79,7 +79,7 @@ class RDropArguments(VariantArguments):
         metadata={
             "help": "Economy: one of the two passes is a forward without gradient, so that a step costs about 4/3 of "
             "a plain one, and little more memory. The gradient of the agreement by the other pass counts twice: the "
-            "expected gradient is R-Drop's, but its noise, of one pass in place of two, is larger."
+            "expected gradient is R-Drop's, but noisier, by one pass in place of two, and it learns more slowly."
         },
     )
 
