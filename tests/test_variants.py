@@ -4,8 +4,15 @@ import math
 
 import pytest
 import torch
+from benchmark_measure import peak_bytes
 from conftest import HEADS, make_collator, make_model, make_rows, step_logs, train
-from transformers import LlamaConfig, LlamaForSequenceClassification, set_seed
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    set_seed,
+)
 
 from hf_rdrop import RDropSeq2SeqTrainer, RDropTrainer, RDropTrainingArguments
 from hf_rdrop.agreements import OUTPUT_AGREEMENTS, hidden_state_agreement
@@ -138,6 +145,24 @@ def test_a_detached_pass_has_the_gradient_of_r_drop_on_average(head, tmp_path):
     expected = loss_and_gradients((first.loss + second.loss) / 2 + 1.5 * kl)
     for one, other, both in zip(*found, expected, strict=True):
         torch.testing.assert_close((one + other) / 2, both, rtol=1e-4, atol=1e-6)
+
+
+def test_a_detached_pass_takes_no_memory_of_its_own(tmp_path):
+    config = BertConfig(
+        vocab_size=40, hidden_size=64, num_hidden_layers=3, num_attention_heads=2, intermediate_size=128
+    )
+    batch = {"input_ids": torch.randint(2, 40, (32, 48)), "labels": torch.zeros(32, dtype=torch.long)}
+    peaks = {}
+    for name, args in (("plain", {"rdrop_alpha": 0.0}), ("both", {}), ("detached", {"rdrop_detached_pass": True})):
+        model = BertForSequenceClassification(config)
+        trainer = make_trainer(model, "single", tmp_path, **args)
+
+        def step(trainer=trainer, model=model):
+            trainer.compute_loss(model, dict(batch)).backward()
+
+        step()  # the first tries the model out
+        peaks[name] = peak_bytes(step, torch.device("cpu"))
+    assert peaks["detached"] < 1.05 * peaks["plain"] and peaks["both"] > 1.8 * peaks["plain"]
 
 
 def test_nothing_of_a_one_sided_divergence_is_doubled(tmp_path):
