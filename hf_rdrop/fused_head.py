@@ -75,6 +75,11 @@ def find_head(model: Any) -> nn.Module | None:
     return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
 
+def _identity(hidden: Tensor) -> Tensor:
+    """In place of a head: what it is applied to comes out as the model's "logits"."""
+    return hidden
+
+
 class FusedHead:
     """Takes the place of a model's output embeddings for the length of one forward.
 
@@ -107,10 +112,8 @@ class FusedHead:
         self.model, self.head = model, head
         self._loss: Callable[[Tensor], RDropLossOutput] | None = None
         self._found: RDropLossOutput | None = None
-        self._hidden: Tensor | None = None  # of the pass without gradient
         # One object for good: torch.compile would compile the model again for every new one.
         self._forward = torch.compiler.disable(self._compute)
-        self._keep_forward = torch.compiler.disable(self._keep)
 
     @property
     def vocab_size(self) -> int:
@@ -153,9 +156,8 @@ class FusedHead:
             inputs["decoder_input_ids"] = self._decoder_inputs(labels)
         fixed = None
         if fixed_pass is not None:
-            with fixed_pass(model), self._replaced(self._keep_forward, without_final_bias=True):
-                model(**inputs)
-            fixed, self._hidden = self._hidden, None
+            with fixed_pass(model), self._replaced(_identity, without_final_bias=True):
+                fixed = find_logits(model(**inputs), len(labels))
         self._loss = partial(
             self._linear_loss,
             fixed=fixed,
@@ -178,10 +180,6 @@ class FusedHead:
             raise RuntimeError("The head computes a loss only within `FusedHead.loss`.")
         self._found = self._loss(hidden)
         return self._found.loss.expand(*hidden.shape[:-1], 1)
-
-    def _keep(self, hidden: Tensor) -> Tensor:
-        self._hidden = hidden
-        return hidden[..., :1]
 
     def _linear_loss(
         self, hidden: Tensor, final_bias: Tensor | None, labels: Tensor, **kwargs: Any

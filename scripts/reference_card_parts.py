@@ -172,12 +172,8 @@ def in_words(row: Row, base: Row | None) -> str:
     arm, metric = code(row.arm), inline(scored_name(row.metric))
     if base is None or row.gain is None:
         return f"{arm}: {metric} {spread(row)}; no run of the baseline has the same seed."
-    words = [f"{arm}: {metric} {spread(row)} beside {spread(base)} of the baseline, {gain(row.gain)}"]
-    if row.scores.keys() != base.scores.keys():
-        seeds = row.gain.seeds
-        words[0] += f" over the {len(seeds)} seeds" if len(seeds) > 1 else f" with seed {seeds[0]}, the only one"
-        words[0] += " that both have"
-    words[0] += "."
+    over = "" if row.scores.keys() == base.scores.keys() else _over_seeds(row.gain.seeds)
+    words = [f"{arm}: {metric} {spread(row)} beside {spread(base)} of the baseline, {gain(row.gain)}{over}."]
     interval, p = row.gain.interval, row.gain.holm
     if interval is None:
         words.append("These runs give no interval: too few seeds, or equal differences.")
@@ -194,6 +190,11 @@ def in_words(row: Row, base: Row | None) -> str:
     if told := [said for name in names if (said := _calibration(name, row.secondary[name], base.secondary[name]))]:
         words.append(f"Calibration (lower is better): {', '.join(told)}.")
     return " ".join(words)
+
+
+def _over_seeds(seeds: Sequence[int]) -> str:
+    which = f"over the {len(seeds)} seeds" if len(seeds) > 1 else f"with seed {seeds[0]}, the only one"
+    return f" {which} that both have"
 
 
 def _calibration(name: str, ours: Mapping[int, float], theirs: Mapping[int, float]) -> str:

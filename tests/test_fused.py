@@ -46,6 +46,11 @@ def gradients(loss, *leaves):
     return torch.autograd.grad(loss, [leaf for leaf in leaves if leaf is not None])
 
 
+def values_and_gradients(hidden, weight, bias, labels, **args):
+    ours = linear_rdrop_loss(hidden, weight, labels, bias=bias, **args)
+    return (*ours, *gradients(ours.loss, hidden, weight, bias))
+
+
 def relative_error(ours, exact):
     return ((ours.double() - exact.double()).norm() / exact.double().norm().clamp(min=1e-30)).item()
 
@@ -56,18 +61,10 @@ def relative_error(ours, exact):
 def test_value_and_gradients_are_the_reference(passes, smoothing, chunk_bytes):
     """Whole, one item a chunk, and chunks that do not divide the items."""
     hidden, weight, bias, labels = make_case(passes)
-    ours = linear_rdrop_loss(
-        hidden,
-        weight,
-        labels,
-        bias=bias,
-        alpha=3.0,
-        label_smoothing=smoothing,
-        passes=passes,
-        chunk_bytes=chunk_bytes,
-    )
+    args = {"alpha": 3.0, "label_smoothing": smoothing, "passes": passes, "chunk_bytes": chunk_bytes}
+    found = values_and_gradients(hidden, weight, bias, labels, **args)
     values, grads = reference(hidden, weight, bias, labels, 3.0, smoothing, passes)
-    for a, b in zip((*ours, *gradients(ours.loss, hidden, weight, bias)), (*values, *grads), strict=True):
+    for a, b in zip(found, (*values, *grads), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
@@ -79,27 +76,15 @@ def test_agreement_with_a_fixed_pass(factor, smoothing, chunk_bytes):
     both, weight, bias, labels = make_case(2)
     fixed, hidden = both.detach().chunk(2)
     hidden.requires_grad_()
-    ours = linear_rdrop_loss(
-        hidden,
-        weight,
-        labels,
-        bias=bias,
-        alpha=3.0,
-        label_smoothing=smoothing,
-        passes=1,
-        chunk_bytes=chunk_bytes,
-        fixed=fixed,
-        gradient_factor=factor,
-    )
+    args = {"alpha": 3.0, "label_smoothing": smoothing, "passes": 1, "chunk_bytes": chunk_bytes}
+    found = values_and_gradients(hidden, weight, bias, labels, fixed=fixed, gradient_factor=factor, **args)
     leaves = copies(hidden, weight, bias)
     logits, constants = F.linear(*leaves), F.linear(fixed, weight, bias).detach()
     ce = torch_reference(torch.stack((logits, logits)), labels, 0.0, smoothing=smoothing)[1]
     kl = torch_reference(torch.stack((constants, logits)), labels, 3.0)[2]
     grads = torch.autograd.grad(ce + factor * 1.5 * kl, leaves)
     assert kl > 0.1
-    for a, b in zip(
-        (*ours, *gradients(ours.loss, hidden, weight, bias)), (ce + 1.5 * kl, ce, kl, *grads), strict=True
-    ):
+    for a, b in zip(found, (ce + 1.5 * kl, ce, kl, *grads), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 

@@ -18,13 +18,14 @@ class Cost:
 
     Attributes:
         time: training time.
-        clock: "CPU" when `time` is made of the processor seconds of the process, "wall" when of the time that passed.
+        clock: "CPU" when `time` is made of the processor seconds of the process, "wall" when of the time that passed;
+            None without a time.
         examples_per_second: training examples in a second of wall time.
         memory: peak memory.
     """
 
     time: float | None
-    clock: str
+    clock: str | None
     examples_per_second: float | None
     memory: float | None
 
@@ -47,7 +48,7 @@ def cost_ratios(arm: Mapping[int, Mapping[str, Any]], base: Mapping[int, Mapping
     on_cpu = all(run.get("device") == "cpu" and run.get("train_cpu_seconds") for run in timed)
     time = ratio("train_cpu_seconds" if on_cpu else "train_runtime")
     speed, memory = ratio("train_samples_per_second"), ratio("train_peak_memory_mib")
-    return Cost(time, "CPU" if on_cpu and timed else "wall", speed, memory)
+    return Cost(time, None if time is None else "CPU" if on_cpu else "wall", speed, memory)
 
 
 def mean_cost(costs: Sequence[Cost]) -> Cost:
@@ -57,9 +58,9 @@ def mean_cost(costs: Sequence[Cost]) -> Cost:
         known = [value for value in values if value is not None]
         return statistics.geometric_mean(known) if len(known) == len(values) else None
 
-    clocks = sorted({cost.clock for cost in costs})
+    clocks = sorted({cost.clock for cost in costs if cost.clock is not None})
     time, speed = mean([cost.time for cost in costs]), mean([cost.examples_per_second for cost in costs])
-    return Cost(time, " and ".join(clocks), speed, mean([cost.memory for cost in costs]))
+    return Cost(time, None if time is None else " and ".join(clocks), speed, mean([cost.memory for cost in costs]))
 
 
 def gain_per_cost(gain: Difference | None, cost: Cost) -> float | None:

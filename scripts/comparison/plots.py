@@ -73,7 +73,7 @@ def plot_pareto(report: Report, path: Path) -> bool:
         axis.set_title(_title(report, task), fontsize=9)
         axis.margins(x=0.18, y=0.14)
         tidy(axis, "both")
-    clocks = " or ".join(dict.fromkeys(row.cost.clock for row in report.rows if row.cost.time is not None))
+    clocks = " or ".join(dict.fromkeys(row.cost.clock for row in report.rows if row.cost.clock is not None))
     figure.supxlabel(f"training time ({clocks}) / baseline", fontsize=9)
     figure.supylabel("gain over the baseline in points,\n95% interval over seeds", fontsize=9)
     figure.draw_without_rendering()

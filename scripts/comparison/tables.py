@@ -148,8 +148,8 @@ def cost_table(report: Report) -> list[str]:
             continue
         ratios = (row.cost.time, row.cost.examples_per_second, row.cost.memory)
         gains = gain(row.gain), number_cell(row.gain_per_cost, "+.2f"), number_cell(row.share_kept, ".0%")
-        clock = "–" if row.cost.time is None else row.cost.clock
-        rows.append([row.task, row.arm, *(number_cell(ratio, ".2f", "x") for ratio in ratios), clock, *gains])
+        figures = (number_cell(ratio, ".2f", "x") for ratio in ratios)
+        rows.append([row.task, row.arm, *figures, row.cost.clock or "–", *gains])
     if not rows:
         return []
     note = (
