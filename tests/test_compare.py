@@ -508,6 +508,10 @@ def test_whole_comparison(stub, tmp_path, capsys):
 
     other = ["--take_from", str(folder / "comparison.json"), *line]
     other[other.index("--output_dir") + 1] = str(tmp_path / "other")
+    capsys.readouterr()
+    assert compare.main(["--dry_run", *other]) == []  # which cannot know that R-Drop's alpha will be 5, not 1
+    shown = capsys.readouterr().out
+    assert "3 of 8 runs would start" in shown and "ner / rdrop / seed 2" in shown and "baseline" not in shown
     assert [row["mean"] for row in compare.main(other)] == pytest.approx([51, 56])
     assert not list((tmp_path / "other").glob("**/log.txt"))  # nothing was run
 

@@ -23,7 +23,6 @@ from comparison.rows import make_report
 
 MARKER = "settings.json"
 PACKAGES = ("hf_rdrop", "torch", "transformers", "accelerate", "datasets")
-RUN_KEYS = ("task", "arm", "seed", "arguments")
 
 
 def describe(run: Run, metric: str) -> str:
@@ -40,8 +39,9 @@ def describe(run: Run, metric: str) -> str:
 
 
 def list_runs(console: Console, comparison: Comparison, runs: Sequence[Run]) -> None:
-    """Print the commands of the runs that have not finished, for a dry run."""
-    waiting = [run for run in runs if not run.results()]
+    """Print the commands of the runs that have neither finished nor can be taken over, for a dry run."""
+    made = _made_elsewhere(comparison.take_from)
+    waiting = [run for run in runs if not run.results() and _key(run) not in made]
     for run in waiting:
         console.print(f"{run.name}:\n  python scripts/{' '.join([run.script, *run.command[2:]])}", highlight=False)
     jobs = comparison.jobs
@@ -66,28 +66,34 @@ def take_runs(runs: Sequence[Run], files: Sequence[Path]) -> None:
     Raises:
         ValueError: a file cannot be read, or is no comparison.json.
     """
+    made = _made_elsewhere(files)
+    for run in runs:
+        if _key(run) in made and not run.results():
+            file, same = made[_key(run)]
+            if run.output.exists():
+                shutil.rmtree(run.output)
+            run.output.mkdir(parents=True)
+            write_json(run.output / "trainer_state.json", {"log_history": same["history"]})
+            write_json(run.output / LAST_RESULT_FILE, same["metrics"])
+            write_json(run.folder / RUN_FILE, {"command": run.command[1:], "taken_from": str(file)})
+
+
+def _made_elsewhere(files: Sequence[Path]) -> dict[tuple[Any, ...], tuple[Path, dict[str, Any]]]:
+    """The runs in these files, by what makes them the same: each with the first file that has it."""
+    made: dict[tuple[Any, ...], tuple[Path, dict[str, Any]]] = {}
     for file in files:
         try:
             found = json.loads(file.read_text("utf-8"))
-            made = {
-                _key(*(run[name] for name in RUN_KEYS)): {**run, "history": as_lines(run["history"])}
-                for run in [*found["runs"], *found["trials"]]
-            }
+            for run in [*found["runs"], *found["trials"]]:
+                key = (run["task"], run["arm"], run["seed"], *run["arguments"])
+                made.setdefault(key, (file, {**run, "history": as_lines(run["history"])}))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"--take_from {file} is no comparison.json ({type(error).__name__}: {error}).") from error
-        for run in runs:
-            same = made.get(_key(run.task, run.arm, run.seed, run.arguments))
-            if same is not None and not run.results():
-                if run.output.exists():
-                    shutil.rmtree(run.output)
-                run.output.mkdir(parents=True)
-                write_json(run.output / "trainer_state.json", {"log_history": same["history"]})
-                write_json(run.output / LAST_RESULT_FILE, same["metrics"])
-                write_json(run.folder / RUN_FILE, {"command": run.command[1:], "taken_from": str(file)})
+    return made
 
 
-def _key(task: str, arm: str, seed: int, arguments: Sequence[str]) -> str:
-    return json.dumps([task, arm, seed, list(arguments)])
+def _key(run: Run) -> tuple[Any, ...]:
+    return (run.task, run.arm, run.seed, *run.arguments)
 
 
 def _record(run: Run) -> dict[str, Any]:
