@@ -1,5 +1,6 @@
 """The parts of the loss: summed on the device, read once per log line."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,20 +12,24 @@ INERT_SHARE, INERT_STEPS = 0.01, 100
 
 
 class LossLog:
-    """Running sums of loss, CE and KL; only `take` and `inert_parts` wait for the device.
+    """Running sums of loss, CE and KL; only `take` and `inert_share` wait for the device.
 
     Args:
         step: optimizer steps done so far (more than 0 when training resumes).
+        start: optimizer steps before those with R-Drop, of which the first hundred are watched for `inert_share`.
         saved: the `state` of the log that it continues.
         device: where the sums are kept.
     """
 
-    def __init__(self, step: int = 0, saved: Mapping[str, Any] | None = None, device: Any = None) -> None:
+    def __init__(
+        self, step: int = 0, saved: Mapping[str, Any] | None = None, device: Any = None, start: int = 0
+    ) -> None:
         saved = saved or {}
         self._sums: Tensor | None = _to_tensor(saved.get("sums"), device)
         self._since = saved.get("since", step)
         self._early: Tensor | None = _to_tensor(saved.get("early"), device)
-        self._watching = step < INERT_STEPS
+        self._watched = range(start, start + INERT_STEPS)
+        self._watching = step < self._watched.stop
 
     def state(self, gather: Callable[[Tensor], Tensor]) -> dict[str, Any]:
         """The sums, as means over all processes, in a form for JSON."""
@@ -50,7 +55,7 @@ class LossLog:
         if skip_nan:
             parts = torch.where(parts[0].isfinite(), parts, self._sums / (1 + step - self._since))
         self._sums += parts
-        if self._watching and has_agreement:
+        if self._watching and has_agreement and step in self._watched:
             self._early = parts.float() if self._early is None else self._early + parts
 
     def take(self, step: int, gather: Callable[[Tensor], Tensor]) -> tuple[float, float, float] | None:
@@ -61,15 +66,16 @@ class LossLog:
         self._sums = None
         return loss, ce, kl
 
-    def inert_parts(self, step: int, alpha: float) -> tuple[float, float] | None:
-        """Once, after the first hundred steps: alpha/2 * KL and CE of a step if the former hardly counts beside it."""
-        if not self._watching or step < INERT_STEPS:
+    def inert_share(self, step: int, alpha: float) -> float | None:
+        """Once, after the first hundred steps: alpha/2 * KL over CE, if that is so little that it hardly counts."""
+        if not self._watching or step < self._watched.stop:
             return None
         early, self._early, self._watching = self._early, None, False
         if early is None or not alpha:
             return None
-        _, ce, kl = (early / INERT_STEPS).tolist()
-        return (alpha / 2 * kl, ce) if alpha / 2 * kl < INERT_SHARE * ce else None
+        _, ce, kl = early.tolist()
+        share = alpha / 2 * kl / ce if ce else math.inf
+        return share if share < INERT_SHARE else None
 
 
 def _to_tensor(sums: list[float] | None, device: Any) -> Tensor | None:

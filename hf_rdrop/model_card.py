@@ -81,7 +81,8 @@ def write_card(
 
     history, alpha = trainer.state.log_history, trainer.rdrop_argument("alpha")
     head = trained_head(trainer)
-    curves = curves_part(history, head, alpha, trainer.rdrop_argument("interval"))
+    plain_steps = trainer.rdrop_argument("interval") > 1 or bool(trainer.rdrop_argument("start"))
+    curves = curves_part(history, head, alpha, plain_steps)
     if curves and alpha and plot_curves(history, head, readme.with_name(PLOT)):
         curves["plot"] = PLOT
     card = render(

@@ -29,12 +29,12 @@ class StepLogMixin(RunMixin):
     def _warn_if_inert(self) -> None:
         """Say once, after the first hundred steps, when the agreement term does nothing."""
         alpha = self.rdrop_argument("alpha") if self.rdrop_argument("alpha_schedule") == "constant" else 0
-        parts = self._log.inert_parts(self.state.global_step, alpha)
-        if parts is not None and self.is_world_process_zero():
+        share = self._log.inert_share(self.state.global_step, alpha)
+        if share is not None and self.is_world_process_zero():
             rates = sorted({s.rate for s in inspect_dropout(self.base_model) if s.rate > 0})
             logger.warning(
-                f"R-Drop: over the first {INERT_STEPS} steps alpha/2 * KL was {parts[0]:.2g}, under "
-                f"{INERT_SHARE:.0%} of the cross-entropy ({parts[1]:.2g}): the agreement term hardly changes the "
-                f"training. The sub-models already agree: raise the dropout rate (rdrop_dropout; now {rates}) or "
-                f"rdrop_alpha (now {alpha:g}), or save the second pass with rdrop_alpha=0."
+                f"R-Drop: over its first {INERT_STEPS} steps alpha/2 * KL was {share:.2%} of the cross-entropy, under "
+                f"{INERT_SHARE:.0%}: the agreement term hardly changes the training. The sub-models already agree: "
+                f"raise the dropout rate (rdrop_dropout; now {rates}) or rdrop_alpha (now {alpha:g}), or save the "
+                "second pass with rdrop_alpha=0."
             )
