@@ -47,7 +47,7 @@ def _scores(line: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def curves_part(
-    history: Sequence[Mapping[str, Any]], head: HeadFacts, alpha: float, plain_steps: bool = False
+    history: Sequence[Mapping[str, Any]], head: HeadFacts, alpha: float, interval: int = 1
 ) -> dict[str, Any] | None:
     """CE and KL by epoch as a table: means of the log lines, weighted by the steps that each is about.
 
@@ -56,7 +56,7 @@ def curves_part(
         head: whose losses they are.
         alpha: weight of the agreement, where a line does not have its own (`rdrop_alpha`); with 0 there is only the
             loss to tell of.
-        plain_steps: whether some of the optimizer steps had no R-Drop.
+        interval: of the optimizer steps with R-Drop.
     """
     epochs: dict[int, list[tuple[int, Mapping[str, Any]]]] = {}
     before = 0
@@ -86,7 +86,7 @@ def curves_part(
         "thinned": len(epochs) > MAX_ROWS,
         "head": head,
         "alpha": alpha,
-        "plain_steps": plain_steps,
+        "interval": interval,
         "plot": None,
     }
 

@@ -38,7 +38,7 @@ def objective_facts(argument: Callable[[str], Any], regression: bool, own_logits
         `agreement`, the sum of terms as text, and `terms`, their definitions, both empty for the symmetric KL alone;
         `within`, whether terms look at hidden states;
         `sources` of sub-models beside dropout; `fixed_target`; `detached`; `schedule` of alpha, "" when constant;
-        `start`, the part of the training before R-Drop, "" for none; `unlabeled`; `own_logits`.
+        `unlabeled`; `own_logits`.
     """
     terms = parse_agreement(argument("agreement"))
     variant = own_logits or terms != (Term("symmetric_kl", 1.0),)
@@ -55,7 +55,6 @@ def objective_facts(argument: Callable[[str], Any], regression: bool, own_logits
         "fixed_target": argument("deterministic_target"),
         "detached": argument("detached_pass"),
         "schedule": _schedule(argument),
-        "start": _start(argument),
         "unlabeled": argument("unlabeled"),
         "own_logits": own_logits,
     }
@@ -74,16 +73,5 @@ def _schedule(argument: Callable[[str], Any]) -> str:
     schedule, length = argument("alpha_schedule"), argument("alpha_warmup")
     if schedule == "constant":
         return ""
-    part = "whole training" if length == 1 else _first_part(length)
-    return f"{_RISES[schedule]} over the {part}" + ", counted from where R-Drop began" * bool(argument("start"))
-
-
-def _start(argument: Callable[[str], Any]) -> str:
-    start = argument("start")
-    return _first_part(start if start < 1 else int(start)) if start else ""
-
-
-def _first_part(length: float) -> str:
-    """A share of the training, or a number of steps."""
-    is_share = not isinstance(length, int) and length <= 1
-    return f"first {100 * length:.4g}% of the optimizer steps" if is_share else f"first {length:,.4g} optimizer steps"
+    part = f"first {length:.4g} steps" if length > 1 else f"first {100 * length:.4g}% of the optimizer steps"
+    return f"{_RISES[schedule]} over the {'whole training' if length == 1 else part}"

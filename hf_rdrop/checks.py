@@ -11,7 +11,6 @@ from .dropout import describe_sources, inspect_dropout, is_stochastic
 from .heads import ANSWER, SUPPORTED_HEADS
 from .loss import check_alpha
 from .places import embeds_with_noise
-from .variant_args import start_step
 
 if TYPE_CHECKING:
     from .trainer import RDropMixin
@@ -60,12 +59,6 @@ def check_training_setup(trainer: "RDropMixin") -> None:
         differs = sources is not None and sources.differs
     if alpha == 0:
         return
-    steps, start = trainer.state.max_steps, start_step(trainer.args, trainer.state.max_steps)
-    if start >= steps > 0:
-        raise ValueError(
-            f"R-Drop would begin after {start:,} optimizer steps (rdrop_start), and the training has {steps:,}: there "
-            "would be none. Begin sooner, or by a share of the training such as rdrop_start=0.5."
-        )
     asked = trainer.args.label_names is not None  # then the first batch will show whether they are class labels
     names = {"labels", "label", *ANSWER}
     known = not trainer.label_names or not names.isdisjoint(trainer.label_names)

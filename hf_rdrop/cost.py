@@ -56,7 +56,6 @@ def predict_cost(
     passes: int = 2,
     shared_layers: int = 0,
     interval: int = 1,
-    start: float = 0.0,
     fused_head: bool = False,
     gradient_checkpointing: bool = False,
     gradient_accumulation_steps: int = 1,
@@ -74,14 +73,13 @@ def predict_cost(
 
     6 = 2 forward, 2 for the gradient of the input and 2, for trained weights, for theirs. `kept_byte`, `logit` (plain,
     R-Drop or fused) and `parameter` are constants of the machine: FLOPs that take as long. Checkpointed layers run
-    once more and keep their inputs. With a share r of the steps that have R-Drop, 1 / n for an interval of n,
-    ``time = (1 - r) time(1) + r time(m)``, and the peak is that of the repeated batch.
+    once more and keep their inputs. With an interval of n, ``time = ((n - 1) time(1) + time(m)) / n``, and the peak is
+    that of the repeated batch.
 
     Args:
         shape: sizes of model and batch.
         passes, shared_layers, interval: m >= 1; k, counted from the first stack on; n >= 1.
-        start: share of the training, in [0, 1], before R-Drop begins.
-        fused_head: whether full logits are avoided, in the plain steps, too.
+        fused_head: whether full logits are avoided, in the plain steps of the interval too.
         gradient_checkpointing: whether layers keep their inputs only.
         gradient_accumulation_steps: batches to one update.
         fixed_share: share of a plain step's time, in [0, 1), that is not counted above and the same in both: waiting
@@ -101,9 +99,8 @@ def predict_cost(
     plain = Step(1, 0, False, gradient_checkpointing, gradient_accumulation_steps)
     repeated = plain._replace(passes=passes, shared_layers=shared_layers, fused_head=fused_head)
     machine = machine or MACHINES.get(shape.device_type, MACHINES["cuda"])
-    share = (1 - start) / interval
-    between = (1 - share) * step_time(shape, plain._replace(fused_head=fused_head), machine)
-    ratio = (between + share * step_time(shape, repeated, machine)) / step_time(shape, plain, machine)
+    between = (interval - 1) * step_time(shape, plain._replace(fused_head=fused_head), machine)
+    ratio = (between + step_time(shape, repeated, machine)) / interval / step_time(shape, plain, machine)
     peak = peak_memory(shape, repeated)
     return StepCost(fixed_share + (1 - fixed_share) * ratio, peak / peak_memory(shape, plain), peak)
 

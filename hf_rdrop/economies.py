@@ -14,7 +14,6 @@ from .model_shape import describe_model
 from .parent_loss import check_labels_of_head
 from .trunk import SharedTrunk
 from .trunk_check import check_shared_trunk
-from .variant_args import start_step
 
 if TYPE_CHECKING:
     from .trainer import RDropMixin
@@ -96,14 +95,11 @@ class Economies:
             shape = None
         if shape is None:
             return "R-Drop: no prediction of the cost, because the sizes of this model's layers are unknown."
-        steps, interval = trainer.state.max_steps, trainer.rdrop_argument("interval")
-        start = min(1.0, start_step(args, steps) / steps) if steps > 0 else 0.0
         cost = predict_cost(
             shape,
             passes=1 if trainer._one_learns else trainer.rdrop_argument("passes"),
             shared_layers=0 if self.trunk is None else self.trunk.shared_layers,
-            interval=interval,
-            start=start,
+            interval=trainer.rdrop_argument("interval"),
             fused_head=self.fused_head is not None,
             gradient_checkpointing=any(
                 getattr(m, "gradient_checkpointing", False) for m in trainer.base_model.modules()
@@ -111,7 +107,7 @@ class Economies:
             gradient_accumulation_steps=args.gradient_accumulation_steps,
         )
         # A forward without gradient is a third of a step.
-        time = cost.time + trainer._one_learns / 3 * (1 - start) / interval
+        time = cost.time + trainer._one_learns / 3 / trainer.rdrop_argument("interval")
         return (
             f"R-Drop: about {time:.2f}x the time and {cost.memory:.2f}x the memory for activations and gradients "
             "of plain fine-tuning (predicted from the sizes of model and batch)."

@@ -16,20 +16,16 @@ class LossLog:
 
     Args:
         step: optimizer steps done so far (more than 0 when training resumes).
-        start: optimizer steps before those with R-Drop, of which the first hundred are watched for `inert_share`.
         saved: the `state` of the log that it continues.
         device: where the sums are kept.
     """
 
-    def __init__(
-        self, step: int = 0, saved: Mapping[str, Any] | None = None, device: Any = None, start: int = 0
-    ) -> None:
+    def __init__(self, step: int = 0, saved: Mapping[str, Any] | None = None, device: Any = None) -> None:
         saved = saved or {}
         self._sums: Tensor | None = _to_tensor(saved.get("sums"), device)
         self._since = saved.get("since", step)
         self._early: Tensor | None = _to_tensor(saved.get("early"), device)
-        self._watched = range(start, start + INERT_STEPS)
-        self._watching = step < self._watched.stop
+        self._watching = step < INERT_STEPS
 
     def state(self, gather: Callable[[Tensor], Tensor]) -> dict[str, Any]:
         """The sums, as means over all processes, in a form for JSON."""
@@ -55,7 +51,7 @@ class LossLog:
         if skip_nan:
             parts = torch.where(parts[0].isfinite(), parts, self._sums / (1 + step - self._since))
         self._sums += parts
-        if self._watching and has_agreement and step in self._watched:
+        if self._watching and has_agreement:
             self._early = parts.float() if self._early is None else self._early + parts
 
     def take(self, step: int, gather: Callable[[Tensor], Tensor]) -> tuple[float, float, float] | None:
@@ -68,7 +64,7 @@ class LossLog:
 
     def inert_share(self, step: int, alpha: float) -> float | None:
         """Once, after the first hundred steps: alpha/2 * KL over CE, if that is so little that it hardly counts."""
-        if not self._watching or step < self._watched.stop:
+        if not self._watching or step < INERT_STEPS:
             return None
         early, self._early, self._watching = self._early, None, False
         if early is None or not alpha:

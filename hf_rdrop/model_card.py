@@ -81,8 +81,7 @@ def write_card(
 
     history, alpha = trainer.state.log_history, trainer.rdrop_argument("alpha")
     head = trained_head(trainer)
-    plain_steps = trainer.rdrop_argument("interval") > 1 or bool(trainer.rdrop_argument("start"))
-    curves = curves_part(history, head, alpha, plain_steps)
+    curves = curves_part(history, head, alpha, trainer.rdrop_argument("interval"))
     if curves and alpha and plot_curves(history, head, readme.with_name(PLOT)):
         curves["plot"] = PLOT
     card = render(

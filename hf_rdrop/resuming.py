@@ -11,7 +11,6 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from .checkpoints import OPTION, check_checkpoint, last_finished, saving
 from .loss_log import LossLog
-from .variant_args import start_step
 
 if TYPE_CHECKING:
     _AnyTrainer = Trainer
@@ -82,13 +81,13 @@ class ResumeMixin(_AnyTrainer):
     def _restore_log(self) -> LossLog:
         """The sums since the last log line, where the run resumes from a checkpoint between two of them."""
         states: Any = self.state.stateful_callbacks
-        sums, start = states.get(SUMS), start_step(self.args, self.state.max_steps)
+        sums = states.get(SUMS)
         if not sums or sums["step"] != self.state.global_step:
-            return LossLog(self.state.global_step, start=start)
+            return LossLog(self.state.global_step)
         self._tr_loss += sums["trainer_loss"]
         self._total_loss_scalar -= sums["trainer_loss"]  # `train_loss` is of the steps of this call
         self._globalstep_last_logged = sums["logged"]
-        return LossLog(self.state.global_step, sums, self.args.device, start)
+        return LossLog(self.state.global_step, sums, self.args.device)
 
 
 def set_epoch(dataloader: Any, epoch: int) -> None:

@@ -42,13 +42,13 @@ class RunMixin(ItemCountMixin):
 
     @property
     def _alpha(self) -> float:
-        """Alpha at this optimizer step; 0 before `rdrop_start`."""
+        """Alpha at this optimizer step."""
         return alpha_at(self.args, self.rdrop_argument("alpha"), self.state.global_step, self.state.max_steps)
 
     @property
     def _compares(self) -> bool:
         """Whether this optimizer step has an agreement term."""
-        return bool(self._alpha) and self.state.global_step % self.rdrop_argument("interval") == 0
+        return bool(self.rdrop_argument("alpha")) and self.state.global_step % self.rdrop_argument("interval") == 0
 
     @property
     def _one_learns(self) -> bool:

@@ -33,7 +33,7 @@ class StepLogMixin(RunMixin):
         if share is not None and self.is_world_process_zero():
             rates = sorted({s.rate for s in inspect_dropout(self.base_model) if s.rate > 0})
             logger.warning(
-                f"R-Drop: over its first {INERT_STEPS} steps alpha/2 * KL was {share:.2%} of the cross-entropy, under "
+                f"R-Drop: over the first {INERT_STEPS} steps alpha/2 * KL was {share:.2%} of the cross-entropy, under "
                 f"{INERT_SHARE:.0%}: the agreement term hardly changes the training. The sub-models already agree: "
                 f"raise the dropout rate (rdrop_dropout; now {rates}) or rdrop_alpha (now {alpha:g}), or save the "
                 "second pass with rdrop_alpha=0."

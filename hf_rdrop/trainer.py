@@ -46,7 +46,7 @@ class RDropMixin(CleanPushMixin, ResumeMixin, StepLogMixin, _AnyTrainer):
 
     Every training log line gains `ce_loss` and `kl_loss` with ``loss = ce_loss + rdrop_alpha / 2 * kl_loss``, and
     `kl_share`, the agreement's part of the loss, (alpha / 2 * KL) / CE. `kl_loss` is 0 when alpha is, and at the plain
-    steps of an interval and before `rdrop_start`.
+    steps of an interval.
 
     Args:
         logits_for_agreement: what the passes are compared by, for a model whose outputs are not those of a supported
@@ -70,7 +70,6 @@ class RDropMixin(CleanPushMixin, ResumeMixin, StepLogMixin, _AnyTrainer):
         rdrop_fused_head: `"auto"`, `"on"` or `"off"`: the loss of a language model in place of its head.
         rdrop_shared_layers: number, or fraction, of the lower layers that the passes share; 0 for none.
         rdrop_interval: R-Drop at every n-th optimizer step, n >= 1.
-        rdrop_start: share of the training, or number of optimizer steps, before R-Drop begins.
         rdrop_detached_pass: one of two passes without gradient.
 
     Raises:

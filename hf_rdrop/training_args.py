@@ -1,7 +1,6 @@
 """R-Drop's arguments, as a mixin for any TrainingArguments class."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
@@ -74,14 +73,7 @@ class RDropArguments(VariantArguments):
             "between them. 1 is the paper, which found larger intervals faster and less good."
         },
     )
-    rdrop_start: float = field(
-        default=0,
-        metadata={
-            "help": "Economy: R-Drop in the last part of training only, plain steps on the plain batch before it. A "
-            "share of all optimizer steps in [0, 1), or a number of them >= 1. The very first step is one with R-Drop "
-            "all the same, so that what does not work or does not fit is seen at once. 0 is the paper."
-        },
-    )
+
     rdrop_detached_pass: bool = field(
         default=False,
         metadata={
@@ -95,21 +87,18 @@ class RDropArguments(VariantArguments):
         check_alpha(self.rdrop_alpha)
         if self.rdrop_fused_head not in ("auto", "on", "off"):
             raise ValueError(f"rdrop_fused_head must be 'auto', 'on' or 'off', got {self.rdrop_fused_head!r}.")
-        if not _is_count_or_share(self.rdrop_shared_layers):
+        shared = self.rdrop_shared_layers
+        number = isinstance(shared, (int, float)) and not isinstance(shared, bool)
+        if not number or not (0 <= shared < 1 or (shared >= 1 and float(shared).is_integer())):
             raise ValueError(
                 f"rdrop_shared_layers must be a number of layers (0, 1, 2, ...) or a fraction of them in (0, 1), got "
-                f"{self.rdrop_shared_layers!r}: the passes share so many of the model's lower layers."
+                f"{shared!r}: the passes share so many of the model's lower layers."
             )
         interval = self.rdrop_interval
         if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
             raise ValueError(
                 f"rdrop_interval must be an integer >= 1, got {interval!r}: R-Drop at every n-th optimizer step. For "
                 "plain fine-tuning set rdrop_alpha to 0 instead."
-            )
-        if not _is_count_or_share(self.rdrop_start):
-            raise ValueError(
-                f"rdrop_start must be a share of the training in [0, 1) or a number of optimizer steps (1, 2, ...), "
-                f"got {self.rdrop_start!r}: R-Drop begins there. For plain fine-tuning set rdrop_alpha to 0 instead."
             )
         if isinstance(self.rdrop_passes, bool) or not isinstance(self.rdrop_passes, int) or self.rdrop_passes < 2:
             raise ValueError(
@@ -123,12 +112,6 @@ class RDropArguments(VariantArguments):
                 "Leave it out to keep the model's own rates."
             )
         super().__post_init__()
-
-
-def _is_count_or_share(value: Any) -> bool:
-    """Whether it is a whole number >= 0, or in (0, 1)."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and (0 <= value < 1 or (value >= 1 and float(value).is_integer()))
 
 
 @dataclass

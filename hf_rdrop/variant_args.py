@@ -147,29 +147,21 @@ def alpha_at(args: Any, alpha: float, step: int, max_steps: int) -> float:
     """Alpha at an optimizer step.
 
     Args:
-        args: with `rdrop_alpha_schedule`, `rdrop_alpha_warmup` and `rdrop_start`; without them alpha is constant.
+        args: with `rdrop_alpha_schedule` and `rdrop_alpha_warmup`; without them alpha is constant.
         alpha: its final value.
         step: optimizer steps done so far.
         max_steps: of the whole training; 0 when there is none, and alpha is the final one.
 
     Returns:
-        ``alpha * t`` or ``alpha * exp(-5 (1 - t)^2)`` with ``t = min(1, (step - start + 1) / warmup)``, so above 0
-        from the first step of R-Drop on; 0 at the steps before it, of which the very first counts as R-Drop's.
+        ``alpha * t`` or ``alpha * exp(-5 (1 - t)^2)`` with ``t = min(1, (step + 1) / warmup)``, so above 0 from the
+        first step on.
 
     Source: the sigmoid-shaped one is that of Laine & Aila 2017 (arXiv 1610.02242).
     """
-    schedule, start = getattr(args, "rdrop_alpha_schedule", "constant"), start_step(args, max_steps)
-    if 0 < step < start:
-        return 0.0
+    schedule = getattr(args, "rdrop_alpha_schedule", "constant")
     if schedule == "constant" or max_steps <= 0:
         return alpha
     warmup = args.rdrop_alpha_warmup
     steps = warmup * max_steps if warmup <= 1 else warmup
-    t = min(1.0, (max(0, step - start) + 1) / max(steps, 1.0))
+    t = min(1.0, (step + 1) / max(steps, 1.0))
     return alpha * (t if schedule == "linear" else math.exp(-5 * (1 - t) ** 2))
-
-
-def start_step(args: Any, max_steps: int) -> int:
-    """Number of optimizer steps before those with R-Drop (`rdrop_start`), the first of all not looked at."""
-    start = getattr(args, "rdrop_start", 0)
-    return round(start * max_steps) if start < 1 else int(start)

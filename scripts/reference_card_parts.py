@@ -134,7 +134,6 @@ def make_parts(task: Task, *, config: Path | None, note: str | None, consistency
     tables = (control_table(report), cost_table(report), seed_table(report), secondary_tables(report))
     history = _mean_history(task)
     rdrop = _rdrop_part(task, history)
-    plain_steps = rdrop is not None and (rdrop["interval"] > 1 or bool(rdrop["start"]))
     return {
         "title": f"R-Drop on {task.name}",
         "reference": {"summary": _summary(task, note), "arm": task.rdrop, "limitations": _limitations(task)},
@@ -143,7 +142,7 @@ def make_parts(task: Task, *, config: Path | None, note: str | None, consistency
         "tables": [_section(lines, task.name) for lines in tables if lines],
         "consistency": consistency,
         "rdrop": rdrop,
-        "curves": rdrop and curves_part(history, task.head, float(rdrop["alpha"]), plain_steps),
+        "curves": rdrop and curves_part(history, task.head, float(rdrop["alpha"]), rdrop["interval"]),
         "settings": {"text": _settings(task)},
         "reproduce": _again(task, config),
         "versions": list(task.about.get("setup", {}).items()),

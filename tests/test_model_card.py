@@ -416,15 +416,6 @@ def test_the_scores_of_the_weights_as_they_are(tmp_path):
     assert last_evaluation(trainer)["metrics"] == {"a_accuracy": 0.7, "b_accuracy": 0.8}
 
 
-@pytest.mark.parametrize(
-    ("start", "told"), [(0.5, "first 50% of the optimizer steps"), (2.0, "first 2 optimizer steps")]
-)
-def test_a_late_start_is_told(tmp_path, start, told):
-    text = card(run(tmp_path, rdrop_start=start))
-    assert f"Economy: plain training in the {told} (the very first had R-Drop)." in section(text, "R-Drop")
-    assert "Plain steps count as 0 there." in text
-
-
 def test_economies_and_an_inert_term_are_told(tmp_path):
     trainer = run(
         tmp_path, rdrop_shared_layers=1, rdrop_interval=2, rdrop_passes=3, rdrop_alpha=1e-6, label_smoothing_factor=0.2
@@ -456,7 +447,7 @@ VARIANTS = {
     ),
     "steps": (
         {"rdrop_alpha_schedule": "linear", "rdrop_alpha_warmup": 3},
-        ["linearly over the first 3 optimizer steps"],
+        ["linearly over the first 3 steps"],
     ),
     "sources": (
         {"rdrop_layer_drop": 0.1, "rdrop_embedding_noise": 1e-5, "rdrop_second_dropout": 0},

@@ -16,7 +16,6 @@ def test_they_are_training_arguments_with_the_papers_defaults(ours, theirs, tmp_
     assert isinstance(args, theirs) and args.num_train_epochs == 2
     assert (args.rdrop_alpha, args.rdrop_passes, args.rdrop_dropout) == (1.0, 2, None)
     assert (args.rdrop_fused_head, args.rdrop_shared_layers, args.rdrop_interval) == ("auto", 0, 1)
-    assert args.rdrop_start == 0
     assert args.rdrop_detached_pass is False
     assert args.to_dict()["rdrop_alpha"] == 1.0
 
@@ -26,11 +25,9 @@ def test_command_line_and_help(ours, theirs, capsys, tmp_path):
     parser = HfArgumentParser(ours)
     line = ["--output_dir", str(tmp_path), "--rdrop_alpha", "5", "--rdrop_passes", "3", "--rdrop_dropout", "0.2"]
     line += ["--rdrop_fused_head", "on", "--rdrop_shared_layers", "0.75", "--rdrop_interval", "2"]
-    line += ["--rdrop_start", "100"]
     (args,) = parser.parse_args_into_dataclasses(line)
     assert (args.rdrop_alpha, args.rdrop_passes, args.rdrop_dropout) == (5.0, 3, 0.2)
     assert (args.rdrop_fused_head, args.rdrop_shared_layers, args.rdrop_interval) == ("on", 0.75, 2)
-    assert args.rdrop_start == 100
     (args,) = parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--rdrop_detached_pass"])
     assert args.rdrop_detached_pass is True
     with pytest.raises(SystemExit) as stop:
@@ -51,10 +48,6 @@ def test_command_line_and_help(ours, theirs, capsys, tmp_path):
         ({"rdrop_shared_layers": float("nan")}, "got nan"),
         ({"rdrop_interval": 0}, "rdrop_interval must be an integer >= 1, got 0"),
         ({"rdrop_interval": 1.5}, "got 1.5"),
-        ({"rdrop_start": -1}, "rdrop_start must be a share of the training"),
-        ({"rdrop_start": 1.5}, "got 1.5"),
-        ({"rdrop_start": float("nan")}, "got nan"),
-        ({"rdrop_start": True}, "rdrop_start"),
         ({"rdrop_alpha": -0.1}, "rdrop_alpha must be a finite number >= 0, got -0.1"),
         ({"rdrop_alpha": float("nan")}, "rdrop_alpha"),
         ({"rdrop_alpha": float("inf")}, "rdrop_alpha"),
