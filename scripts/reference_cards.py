@@ -32,7 +32,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--comparison", type=Path, required=True, help="a comparison.json that compare.py has written")
-    parser.add_argument("--output_dir", type=Path, required=True, help="where to write a TASK.md for each task")
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        required=True,
+        help="where to write a TASK.md for each task; inside the comparison's folder they show its curves.png",
+    )
     parser.add_argument("--tasks", nargs="+", help="these tasks (default: all that have finished runs)")
     parser.add_argument("--config", type=Path, help="the comparison's YAML file, for the command that does it again")
     parser.add_argument("--note", help="what the figures cannot tell, such as what $ENCODER and $DATA are")
