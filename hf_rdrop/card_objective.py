@@ -37,7 +37,7 @@ def objective_facts(argument: Callable[[str], Any], regression: bool, own_logits
     Returns:
         `agreement`, the sum of terms as text, and `terms`, their definitions, both empty for the symmetric KL alone;
         `within`, whether terms look at hidden states;
-        `sources` of sub-models beside dropout; `fixed_target`; `detached`; `schedule` of alpha, "" when constant;
+        `sources` of sub-models beside dropout; `fixed_target`; `schedule` of alpha, "" when constant;
         `unlabeled`; `own_logits`.
     """
     terms = parse_agreement(argument("agreement"))
@@ -53,7 +53,6 @@ def objective_facts(argument: Callable[[str], Any], regression: bool, own_logits
             if sources[name] is not None and (sources[name] or name == "second_dropout")
         ],
         "fixed_target": argument("deterministic_target"),
-        "detached": argument("detached_pass"),
         "schedule": _schedule(argument),
         "unlabeled": argument("unlabeled"),
         "own_logits": own_logits,

@@ -26,7 +26,6 @@ def linear_rdrop_loss(
     passes: int = 2,
     chunk_bytes: int | None = None,
     fixed: Tensor | None = None,
-    gradient_factor: float = 1.0,
 ) -> RDropLossOutput:
     r"""R-Drop's objective for ``logits = hidden @ weight.T + bias``; the logits only ever exist chunk by chunk.
 
@@ -53,8 +52,6 @@ def linear_rdrop_loss(
         fixed: `[B, ..., D]`, what the head was applied to in a pass without gradient, for `passes=1`: agreement is
             that of the one pass with this one, whose predictions are constants and have no part in CE,
             ``d loss / d z = p - y + alpha / 2 [p (u - p · u) + v]``, u and v as above for the two.
-        gradient_factor: times what the gradient of that agreement is taken; 2 for a fixed pass that was drawn like
-            the other. The value of the loss stays.
 
     Returns:
         `RDropLossOutput(loss, ce, kl)`, scalars in float32 (float64 for float64), all 0 when every label is -100.
@@ -109,7 +106,7 @@ def linear_rdrop_loss(
     rows = max(1, chunk_bytes // ((passes + (fixed is not None)) * len(weight) * dtype.itemsize))
     with torch.autocast(device, enabled=False):
         loss, ce, kl = _LinearRDrop.apply(
-            hidden, weight, bias, labels, valid, alpha, label_smoothing, rows, dtype, fixed, gradient_factor
+            hidden, weight, bias, labels, valid, alpha, label_smoothing, rows, dtype, fixed
         )
     return RDropLossOutput(loss, ce, kl)
 
@@ -135,11 +132,9 @@ class _LinearRDrop(torch.autograd.Function):
         rows: int,
         dtype: torch.dtype,
         fixed: Tensor | None,
-        gradient_factor: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         learning, items, width = hidden.shape
         passes = learning + (fixed is not None)
-        agreement = alpha / 2 * gradient_factor
         vocabulary, precise = len(weight), compute_dtype(hidden)
         w = weight.to(dtype)
         # A class forbidden by a bias of -inf has probability 0 all the same; its log-ratio must not become nan.
@@ -170,7 +165,7 @@ class _LinearRDrop(torch.autograd.Function):
                 logits.view(passes, -1, vocabulary),
                 labels[start : start + rows],
                 None if valid is None else valid[start : start + rows],
-                agreement,
+                alpha / 2,
                 smoothing,
                 scale,
                 fixed is not None,
@@ -203,4 +198,4 @@ class _LinearRDrop(torch.autograd.Function):
         scaled = (
             None if grad is None else (grad * factor).to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)
         )
-        return (*scaled, None, None, None, None, None, None, None, None)
+        return (*scaled, None, None, None, None, None, None, None)

@@ -130,7 +130,6 @@ class FusedHead:
         alpha: float,
         label_smoothing: float,
         fixed_pass: Callable[[nn.Module], AbstractContextManager[None]] | None = None,
-        gradient_factor: float = 1.0,
     ) -> RDropLossOutput:
         """One forward over the repeated batch with `linear_rdrop_loss` in place of the head.
 
@@ -144,7 +143,6 @@ class FusedHead:
             label_smoothing: share of the target given to the uniform distribution.
             fixed_pass: makes, of `model`, the context of a forward before, over the plain batch and without gradient,
                 which the only pass, with `passes=1`, is to agree with; None for no such forward.
-            gradient_factor: times what the gradient of that agreement is taken.
 
         Returns:
             `RDropLossOutput(loss, ce, kl)`: means over the valid labels; only `loss` carries a graph.
@@ -161,7 +159,6 @@ class FusedHead:
         self._loss = partial(
             self._linear_loss,
             fixed=fixed,
-            gradient_factor=gradient_factor,
             final_bias=self._final_bias,
             labels=shifted_labels(labels) if shift_labels else labels,
             alpha=alpha,

@@ -85,11 +85,6 @@ class Objective:
         if fixed is not None:
             found = _joined(fixed, found)
         values = [term.factor * self._distance(term, found, max(2, passes)) for term in self.terms]
-        if (factor := trainer._gradient_factor) != 1:
-            for term, value in zip(self.terms, values, strict=True):
-                # (The one-sided divergence has a gradient by one pass anyhow; hidden states may be frozen.)
-                if term.name != "one_sided_kl" and value.requires_grad:
-                    value.register_hook(lambda gradient: factor * gradient)
         return BatchLoss(ce, torch.stack(values).sum(), first_rows(returned, passes * size, size))
 
     def _ce(

@@ -1,7 +1,7 @@
 """A training run as its arguments ask for it: rates and sources of sub-models, and what each step is."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -53,23 +53,14 @@ class RunMixin(ItemCountMixin):
     @property
     def _one_learns(self) -> bool:
         """Whether one pass learns, on the plain batch, beside another without gradient."""
-        return bool(self.rdrop_argument("deterministic_target") or self.rdrop_argument("detached_pass"))
+        return bool(self.rdrop_argument("deterministic_target"))
 
     @contextmanager
     def _fixed_pass(self, model: Any) -> Iterator[None]:
         """Where that other pass is made."""
-        with torch.no_grad(), nullcontext() if self.rdrop_argument("detached_pass") else dropout_off(model):
+        with torch.no_grad(), dropout_off(model):
             yield
         torch.clear_autocast_cache()  # torch before 2.8 would use its casts in the pass that learns
-
-    @property
-    def _gradient_factor(self) -> int:
-        """Times what the agreement's gradient by the pass that learns is taken.
-
-        Both passes of `rdrop_detached_pass` are drawn alike, so the gradients by one and by the other would have the
-        same mean: twice the one is the sum of both, on average.
-        """
-        return 2 if self.rdrop_argument("detached_pass") else 1
 
     @property
     def _passes(self) -> int:

@@ -70,7 +70,6 @@ class RDropMixin(CleanPushMixin, ResumeMixin, StepLogMixin, _AnyTrainer):
         rdrop_fused_head: `"auto"`, `"on"` or `"off"`: the loss of a language model in place of its head.
         rdrop_shared_layers: number, or fraction, of the lower layers that the passes share; 0 for none.
         rdrop_interval: R-Drop at every n-th optimizer step, n >= 1.
-        rdrop_detached_pass: one of two passes without gradient.
 
     Raises:
         ValueError: before the first step, when the set-up cannot work (nothing stochastic in the model, unsupported
@@ -240,7 +239,6 @@ class RDropMixin(CleanPushMixin, ResumeMixin, StepLogMixin, _AnyTrainer):
                 alpha=self._alpha,
                 label_smoothing=self.args.label_smoothing_factor,
                 fixed_pass=self._fixed_pass if self._one_learns and self._compares else None,
-                gradient_factor=self._gradient_factor,
             )
             return BatchLoss(ce, kl, None, loss)
         if not self._compares:

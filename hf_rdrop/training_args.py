@@ -74,15 +74,6 @@ class RDropArguments(VariantArguments):
         },
     )
 
-    rdrop_detached_pass: bool = field(
-        default=False,
-        metadata={
-            "help": "Economy: one of the two passes is a forward without gradient, so that a step costs about 4/3 of "
-            "a plain one, and little more memory. The gradient of the agreement by the other pass counts twice: the "
-            "expected gradient is R-Drop's, but noisier, by one pass in place of two, and it learns more slowly."
-        },
-    )
-
     def __post_init__(self) -> None:
         check_alpha(self.rdrop_alpha)
         if self.rdrop_fused_head not in ("auto", "on", "off"):

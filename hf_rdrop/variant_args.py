@@ -119,24 +119,14 @@ class VariantArguments:
             parent_post_init()
 
     def _check_one_learning_pass(self) -> None:
-        detached = getattr(self, "rdrop_detached_pass", False)
-        if not detached and not self.rdrop_deterministic_target:
+        if not self.rdrop_deterministic_target:
             return
-        kind = "rdrop_detached_pass" if detached else "rdrop_deterministic_target"
-        others = {"passes": 2, "shared_layers": 0, "second_dropout": None}
-        if detached:
-            others["deterministic_target"] = False
-        for name, plain in others.items():
+        for name, plain in {"passes": 2, "shared_layers": 0, "second_dropout": None}.items():
             if (value := getattr(self, f"rdrop_{name}", plain)) != plain:
                 raise ValueError(
-                    f"{kind} has one pass that learns and one without gradient, on a batch that is not repeated, so "
-                    f"rdrop_{name}={value!r} has no meaning there: leave it out."
+                    "rdrop_deterministic_target has one pass that learns and one without gradient, on a batch that is "
+                    f"not repeated, so rdrop_{name}={value!r} has no meaning there: leave it out."
                 )
-        if detached and any(term.name == "info_nce" for term in parse_agreement(self.rdrop_agreement)):
-            raise ValueError(
-                "rdrop_detached_pass has the gradient of R-Drop on average for agreements in which both passes count "
-                "alike, and info_nce is none of these: leave one of the two out."
-            )
 
 
 def _is_number(value: Any) -> bool:

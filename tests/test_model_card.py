@@ -465,10 +465,6 @@ VARIANTS = {
         {"rdrop_deterministic_target": True},
         ["one pass with dropout (P_1) beside one without (P_0)", "CE_1 + 1 * sKL(P_0, P_1)", "a fixed target"],
     ),
-    "detached": (
-        {"rdrop_detached_pass": True},
-        ["with `rdrop_alpha` 2 and 2 passes", "CE_2 + 1 * sKL(P_1, P_2)", "Economy: the first pass had no gradient"],
-    ),
     "unlabeled": (
         {"rdrop_unlabeled": True},
         ["CE is a mean over the labelled rows", "one over those of all its rows"],

@@ -16,7 +16,6 @@ def test_they_are_training_arguments_with_the_papers_defaults(ours, theirs, tmp_
     assert isinstance(args, theirs) and args.num_train_epochs == 2
     assert (args.rdrop_alpha, args.rdrop_passes, args.rdrop_dropout) == (1.0, 2, None)
     assert (args.rdrop_fused_head, args.rdrop_shared_layers, args.rdrop_interval) == ("auto", 0, 1)
-    assert args.rdrop_detached_pass is False
     assert args.to_dict()["rdrop_alpha"] == 1.0
 
 
@@ -28,8 +27,6 @@ def test_command_line_and_help(ours, theirs, capsys, tmp_path):
     (args,) = parser.parse_args_into_dataclasses(line)
     assert (args.rdrop_alpha, args.rdrop_passes, args.rdrop_dropout) == (5.0, 3, 0.2)
     assert (args.rdrop_fused_head, args.rdrop_shared_layers, args.rdrop_interval) == ("on", 0.75, 2)
-    (args,) = parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--rdrop_detached_pass"])
-    assert args.rdrop_detached_pass is True
     with pytest.raises(SystemExit) as stop:
         parser.parse_args(["--help"])
     text = capsys.readouterr().out

@@ -233,7 +233,6 @@ def test_an_epoch_of_rows_without_labels(head):
 VARIANTS = [
     {"rdrop_interval": 2},
     {"rdrop_deterministic_target": True},
-    {"rdrop_detached_pass": True},
     {"rdrop_agreement": "squared_logits"},
 ]
 
