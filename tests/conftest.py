@@ -1,5 +1,6 @@
 """Tiny models and data that every test file uses; no network, no pretrained weights."""
 
+import gc
 import os
 import tempfile
 from pathlib import Path
@@ -168,6 +169,14 @@ def step_logs(trainer):
 
 
 HEADS = ("single", "multi", "regression", "token", "seq2seq")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_objects_to_search():
+    """Each training, and each measured sample, begins with collecting garbage, which took longer than the rest of a
+    tiny training while it searched all that was imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(params=HEADS)

@@ -1,6 +1,5 @@
 """sweep.py: what a trial trains with, pruning, failures, resuming after a kill, refusals, the report."""
 
-import gc
 import json
 import math
 import os
@@ -31,13 +30,10 @@ QUICK = ["--use_cpu", "--report_to", "none", "--num_train_epochs", "2", "--per_d
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_and_clean():
-    """The Trainer collects garbage several times a trial: it need not look through all that was imported. And other
-    tests get their log levels back."""
+def own_log_levels():
+    """Other tests get their log levels back."""
     verbosity, level = logging.get_verbosity(), logging.get_logger("hf_rdrop").level
-    gc.freeze()
     yield
-    gc.unfreeze()
     logging.set_verbosity(verbosity)
     logging.get_logger("hf_rdrop").setLevel(level)
 

@@ -209,7 +209,13 @@ def test_logs_start_afresh_when_a_smaller_batch_is_tried():
             return super().training_step(model, inputs, num_items_in_batch)
 
     trainer = train(
-        make_model("single", 0.3), "single", Small, max_steps=3, logging_steps=3, auto_find_batch_size=True
+        make_model("single", 0.3),
+        "single",
+        Small,
+        per_device_train_batch_size=9,
+        max_steps=3,
+        logging_steps=3,
+        auto_find_batch_size=True,
     )
     entry = step_logs(trainer)[-1]
     assert trainer._train_batch_size <= 8
