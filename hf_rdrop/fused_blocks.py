@@ -33,7 +33,7 @@ def logits_to_gradient(
         logits: `[m, r, V]` of m passes.
         labels: `[r]`.
         valid: `[r]` boolean, the items that count; None for all of them (as on a CPU).
-        agreement: alpha / 2, or more or less, that the gradient of the agreement is multiplied by.
+        agreement: alpha / 2, that the gradient of the agreement is multiplied by.
         smoothing: share of the target given to the uniform distribution.
         scale: that all gradients are multiplied by.
         fixed: whether the first of two passes is constant: the gradient is that of the second, and only there.

@@ -68,7 +68,7 @@ class Objective:
         trainer, size = self.trainer, self.trainer._batch_size(inputs)
         extra = {"output_hidden_states": True} if self.with_hidden else {}
         fixed = None
-        if trainer._one_learns:
+        if trainer.rdrop_argument("deterministic_target"):
             passes = 1
             with trainer._fixed_pass(model):
                 fixed = self._predictions(model(**inputs, **extra), inputs, labels, 1)

@@ -50,14 +50,9 @@ class RunMixin(ItemCountMixin):
         """Whether this optimizer step has an agreement term."""
         return bool(self.rdrop_argument("alpha")) and self.state.global_step % self.rdrop_argument("interval") == 0
 
-    @property
-    def _one_learns(self) -> bool:
-        """Whether one pass learns, on the plain batch, beside another without gradient."""
-        return bool(self.rdrop_argument("deterministic_target"))
-
     @contextmanager
     def _fixed_pass(self, model: Any) -> Iterator[None]:
-        """Where that other pass is made."""
+        """Where the target of `rdrop_deterministic_target` is made, the pass that does not learn."""
         with torch.no_grad(), dropout_off(model):
             yield
         torch.clear_autocast_cache()  # torch before 2.8 would use its casts in the pass that learns
@@ -65,11 +60,11 @@ class RunMixin(ItemCountMixin):
     @property
     def _passes(self) -> int:
         """How often this optimizer step's batches are repeated while training."""
-        repeats = self._compares and not self._one_learns
+        repeats = self._compares and not self.rdrop_argument("deterministic_target")
         return self.rdrop_argument("passes") if repeats else 1
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         flops = super().floating_point_ops(inputs)
-        if self._compares and self._one_learns:
+        if self._compares and self.rdrop_argument("deterministic_target"):
             return flops * 4 // 3  # a forward more, which is a third of forward and backward
         return flops * self._passes

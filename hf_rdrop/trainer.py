@@ -230,6 +230,7 @@ class RDropMixin(CleanPushMixin, ResumeMixin, StepLogMixin, _AnyTrainer):
             economies.try_out(model, inputs, labels)
         economies.start(passes)
         if economies.fused_head is not None and not return_outputs:
+            has_target = self._compares and self.rdrop_argument("deterministic_target")
             loss, ce, kl = economies.fused_head.loss(
                 model,
                 inputs,
@@ -238,7 +239,7 @@ class RDropMixin(CleanPushMixin, ResumeMixin, StepLogMixin, _AnyTrainer):
                 shift_labels=self.shifts_labels,
                 alpha=self._alpha,
                 label_smoothing=self.args.label_smoothing_factor,
-                fixed_pass=self._fixed_pass if self._one_learns and self._compares else None,
+                fixed_pass=self._fixed_pass if has_target else None,
             )
             return BatchLoss(ce, kl, None, loss)
         if not self._compares:
