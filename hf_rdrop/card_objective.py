@@ -19,9 +19,6 @@ _SOURCES = {
     "layer_drop": "each row skipped each hidden layer with probability {:g}",
     "insert_dropout": "dropout of rate {:g} was put on the outputs of the attention and feed-forward blocks "
     "(the saved model has none there)",
-    "drop_connect": "each pass dropped weights of the layers' linear maps with probability {:g}",
-    "embedding_noise": "the input embeddings had normal noise of standard deviation {:g}",
-    "second_dropout": "from the second pass on, dropout had the rate {:g}; the first pass kept the model's rates",
 }
 _RISES = {"linear": "linearly", "sigmoid": "as exp(-5 (1 - t)^2) for t from 0 to 1"}
 
@@ -37,22 +34,15 @@ def objective_facts(argument: Callable[[str], Any], regression: bool, own_logits
     Returns:
         `agreement`, the sum of terms as text, and `terms`, their definitions, both empty for the symmetric KL alone;
         `within`, whether terms look at hidden states;
-        `sources` of sub-models beside dropout; `fixed_target`; `schedule` of alpha, "" when constant;
-        `unlabeled`; `own_logits`.
+        `sources` of sub-models beside dropout; `schedule` of alpha, "" when constant; `unlabeled`; `own_logits`.
     """
     terms = parse_agreement(argument("agreement"))
     variant = own_logits or terms != (Term("symmetric_kl", 1.0),)
-    sources = {name: argument(name) for name in _SOURCES}
     return {
         "agreement": argument("agreement") if variant else "",
         "terms": [(term.name, _definition(term.name, regression, own_logits)) for term in terms] if variant else [],
         "within": any(term.name not in OUTPUT_AGREEMENTS for term in terms),
-        "sources": [
-            text.format(sources[name])
-            for name, text in _SOURCES.items()
-            if sources[name] is not None and (sources[name] or name == "second_dropout")
-        ],
-        "fixed_target": argument("deterministic_target"),
+        "sources": [text.format(rate) for name, text in _SOURCES.items() if (rate := argument(name))],
         "schedule": _schedule(argument),
         "unlabeled": argument("unlabeled"),
         "own_logits": own_logits,

@@ -11,6 +11,7 @@ from .dropout import describe_sources, inspect_dropout, is_stochastic
 from .heads import ANSWER, SUPPORTED_HEADS
 from .loss import check_alpha
 from .places import embeds_with_noise
+from .variant_args import REMOVED, check_removed
 
 if TYPE_CHECKING:
     from .trainer import RDropMixin
@@ -48,6 +49,7 @@ def check_training_setup(trainer: "RDropMixin") -> None:
     """
     alpha = trainer.rdrop_argument("alpha")
     check_alpha(alpha)  # once more: a hyper-parameter search sets it on the arguments
+    check_removed(name for name in REMOVED if getattr(trainer.args, name, None))  # arguments that were unpickled
     check_processes(trainer.args)
     if trainer.args.n_gpu > 1:
         raise ValueError(

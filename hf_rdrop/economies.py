@@ -95,10 +95,9 @@ class Economies:
             shape = None
         if shape is None:
             return "R-Drop: no prediction of the cost, because the sizes of this model's layers are unknown."
-        deterministic = trainer.rdrop_argument("deterministic_target")
         cost = predict_cost(
             shape,
-            passes=1 if deterministic else trainer.rdrop_argument("passes"),
+            passes=trainer.rdrop_argument("passes"),
             shared_layers=0 if self.trunk is None else self.trunk.shared_layers,
             interval=trainer.rdrop_argument("interval"),
             fused_head=self.fused_head is not None,
@@ -107,10 +106,8 @@ class Economies:
             ),
             gradient_accumulation_steps=args.gradient_accumulation_steps,
         )
-        # A forward without gradient is a third of a step.
-        time = cost.time + deterministic / 3 / trainer.rdrop_argument("interval")
         return (
-            f"R-Drop: about {time:.2f}x the time and {cost.memory:.2f}x the memory for activations and gradients "
+            f"R-Drop: about {cost.time:.2f}x the time and {cost.memory:.2f}x the memory for activations and gradients "
             "of plain fine-tuning (predicted from the sizes of model and batch)."
         )
 

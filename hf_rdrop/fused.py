@@ -25,7 +25,6 @@ def linear_rdrop_loss(
     label_smoothing: float = 0.0,
     passes: int = 2,
     chunk_bytes: int | None = None,
-    fixed: Tensor | None = None,
 ) -> RDropLossOutput:
     r"""R-Drop's objective for ``logits = hidden @ weight.T + bias``; the logits only ever exist chunk by chunk.
 
@@ -49,9 +48,6 @@ def linear_rdrop_loss(
         passes: m >= 1; 1 is the plain cross-entropy, without agreement.
         chunk_bytes: memory for one chunk of logits; by default as much as the float32 gradient of `weight`, but not
             under 16 MiB nor over 1 GiB.
-        fixed: `[B, ..., D]`, what the head was applied to in a pass without gradient, for `passes=1`: agreement is
-            that of the one pass with this one, whose predictions are constants and have no part in CE,
-            ``d loss / d z = p - y + alpha / 2 [p (u - p · u) + v]``, u and v as above for the two.
 
     Returns:
         `RDropLossOutput(loss, ce, kl)`, scalars in float32 (float64 for float64), all 0 when every label is -100.
@@ -82,32 +78,23 @@ def linear_rdrop_loss(
             f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and bias "
             f"{None if bias is None else tuple(bias.shape)} do not fit: [..., D], [V, D] and [V] are needed."
         )
-    if fixed is not None and (passes != 1 or fixed.shape != hidden.shape):
-        raise ValueError(
-            f"fixed has shape {tuple(fixed.shape)} beside hidden states of shape {tuple(hidden.shape)} with "
-            f"passes={passes}: it is compared with a single pass, over the same rows."
-        )
     check_class_indices(labels, len(weight))
     labels = labels.reshape(-1).long()
     hidden = hidden.reshape(passes, len(labels), hidden.shape[-1])
-    fixed = None if fixed is None else fixed.reshape(hidden.shape)
     mask = labels != -100
     valid: Tensor | None = mask
     if hidden.device.type == "cpu":  # elsewhere the number of valid rows is not known without waiting for the device
         if not mask.all():
             hidden, labels = hidden[:, mask], labels[mask]
-            fixed = None if fixed is None else fixed[:, mask]
         valid = None
     device, dtype = hidden.device.type, hidden.dtype
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     if chunk_bytes is None:
         chunk_bytes = default_chunk_bytes(weight.numel())
-    rows = max(1, chunk_bytes // ((passes + (fixed is not None)) * len(weight) * dtype.itemsize))
+    rows = max(1, chunk_bytes // (passes * len(weight) * dtype.itemsize))
     with torch.autocast(device, enabled=False):
-        loss, ce, kl = _LinearRDrop.apply(
-            hidden, weight, bias, labels, valid, alpha, label_smoothing, rows, dtype, fixed
-        )
+        loss, ce, kl = _LinearRDrop.apply(hidden, weight, bias, labels, valid, alpha, label_smoothing, rows, dtype)
     return RDropLossOutput(loss, ce, kl)
 
 
@@ -131,10 +118,8 @@ class _LinearRDrop(torch.autograd.Function):
         smoothing: float,
         rows: int,
         dtype: torch.dtype,
-        fixed: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        learning, items, width = hidden.shape
-        passes = learning + (fixed is not None)
+        passes, items, width = hidden.shape
         vocabulary, precise = len(weight), compute_dtype(hidden)
         w = weight.to(dtype)
         # A class forbidden by a bias of -inf has probability 0 all the same; its log-ratio must not become nan.
@@ -147,15 +132,12 @@ class _LinearRDrop(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden, dtype=keep) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=precise) if need_weight else None
         grad_bias = torch.zeros_like(bias, dtype=precise) if bias is not None and need_bias else None
-        sums = torch.zeros(2, dtype=precise, device=hidden.device)  # of CE (over the passes that learn) and KL
+        sums = torch.zeros(2, dtype=precise, device=hidden.device)  # of CE (over the passes) and KL
 
         rows = min(rows, max(items, 1))
         buffer = torch.empty(passes * rows * vocabulary, dtype=dtype, device=hidden.device)
         for start in range(0, items, rows):
-            h = hidden[:, start : start + rows]
-            if fixed is not None:
-                h = torch.cat((fixed[:, start : start + rows], h))
-            h = h.to(dtype).reshape(-1, width)
+            h = hidden[:, start : start + rows].to(dtype).reshape(-1, width)
             logits = buffer[: len(h) * vocabulary].view(-1, vocabulary)
             if b is None:
                 torch.mm(h, w.T, out=logits)
@@ -168,12 +150,9 @@ class _LinearRDrop(torch.autograd.Function):
                 alpha / 2,
                 smoothing,
                 scale,
-                fixed is not None,
             )
-            if fixed is not None:
-                h, logits = h.chunk(2)[1], logits.chunk(2)[1]
             if grad_hidden is not None:
-                grad_hidden[:, start : start + rows] = torch.mm(logits, w).view(learning, -1, width)
+                grad_hidden[:, start : start + rows] = torch.mm(logits, w).view(passes, -1, width)
             if grad_weight is not None and dtype == precise:
                 grad_weight.addmm_(logits.T, h)
             elif grad_weight is not None:
@@ -184,7 +163,7 @@ class _LinearRDrop(torch.autograd.Function):
         count = torch.tensor(items, device=hidden.device) if valid is None else valid.sum()
         per_item = 1 / count.clamp(min=1).to(precise)
         ce, kl = (sums * per_item).unbind()
-        ce = ce / learning
+        ce = ce / passes
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias, per_item / scale)
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         ctx.mark_non_differentiable(ce, kl)
@@ -198,4 +177,4 @@ class _LinearRDrop(torch.autograd.Function):
         scaled = (
             None if grad is None else (grad * factor).to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)
         )
-        return (*scaled, None, None, None, None, None, None, None)
+        return (*scaled, None, None, None, None, None, None)

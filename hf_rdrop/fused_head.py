@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -75,11 +75,6 @@ def find_head(model: Any) -> nn.Module | None:
     return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
 
-def _identity(hidden: Tensor) -> Tensor:
-    """In place of a head: what it is applied to comes out as the model's "logits"."""
-    return hidden
-
-
 class FusedHead:
     """Takes the place of a model's output embeddings for the length of one forward.
 
@@ -129,7 +124,6 @@ class FusedHead:
         shift_labels: bool,
         alpha: float,
         label_smoothing: float,
-        fixed_pass: Callable[[nn.Module], AbstractContextManager[None]] | None = None,
     ) -> RDropLossOutput:
         """One forward over the repeated batch with `linear_rdrop_loss` in place of the head.
 
@@ -141,8 +135,6 @@ class FusedHead:
             shift_labels: whether the head scores position t against label t + 1.
             alpha: weight of the agreement.
             label_smoothing: share of the target given to the uniform distribution.
-            fixed_pass: makes, of `model`, the context of a forward before, over the plain batch and without gradient,
-                which the only pass, with `passes=1`, is to agree with; None for no such forward.
 
         Returns:
             `RDropLossOutput(loss, ce, kl)`: means over the valid labels; only `loss` carries a graph.
@@ -152,13 +144,8 @@ class FusedHead:
         given = inputs.get("decoder_input_ids") is not None or inputs.get("decoder_inputs_embeds") is not None
         if self.needs_decoder_inputs and not given:  # as the model does when it gets labels
             inputs["decoder_input_ids"] = self._decoder_inputs(labels)
-        fixed = None
-        if fixed_pass is not None:
-            with fixed_pass(model), self._replaced(_identity, without_final_bias=True):
-                fixed = find_logits(model(**inputs), len(labels))
         self._loss = partial(
             self._linear_loss,
-            fixed=fixed,
             final_bias=self._final_bias,
             labels=shifted_labels(labels) if shift_labels else labels,
             alpha=alpha,

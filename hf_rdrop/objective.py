@@ -59,7 +59,7 @@ class Objective:
         return BatchLoss(ce, torch.zeros_like(ce), outputs)
 
     def compared(self, model: nn.Module, inputs: dict[str, Any], labels: Tensor | None, passes: int) -> BatchLoss:
-        """`passes` passes in one forward, or one that is compared with another without gradient.
+        """Run `passes` passes in one forward and compare them with each other.
 
         Raises:
             ValueError: when there is nothing to compare in what the model returns, or when the loss treats it in
@@ -67,12 +67,7 @@ class Objective:
         """
         trainer, size = self.trainer, self.trainer._batch_size(inputs)
         extra = {"output_hidden_states": True} if self.with_hidden else {}
-        fixed = None
-        if trainer.rdrop_argument("deterministic_target"):
-            passes = 1
-            with trainer._fixed_pass(model):
-                fixed = self._predictions(model(**inputs, **extra), inputs, labels, 1)
-        repeated = {**(trainer.repeat(inputs, passes) if passes > 1 else inputs), **extra}
+        repeated = {**trainer.repeat(inputs, passes), **extra}
         ce, returned, recorded = self._ce(model, repeated, labels, passes)
         name = trainer._parent_loss
         found = self._predictions(outputs_behind(returned, recorded, name), inputs, labels, passes)
@@ -82,9 +77,7 @@ class Objective:
             economies.compared = True
             if labels is not None and trainer.logits_for_agreement is None and not trainer.rdrop_argument("unlabeled"):
                 check_comparison(self.config, found.head, found.logits, labels, passes, ce)
-        if fixed is not None:
-            found = _joined(fixed, found)
-        values = [term.factor * self._distance(term, found, max(2, passes)) for term in self.terms]
+        values = [term.factor * self._distance(term, found, passes) for term in self.terms]
         return BatchLoss(ce, torch.stack(values).sum(), first_rows(returned, passes * size, size))
 
     def _ce(
@@ -139,15 +132,6 @@ class Objective:
         if texts.shape[1] < 2:  # no other rows to tell them from
             return texts.new_zeros(())
         return info_nce_agreement(torch.stack([pool(text, mask, "mean") for text in texts]))
-
-
-def _joined(fixed: _Predictions, found: _Predictions) -> _Predictions:
-    """Two passes of which the first, without a graph, is the target of the second."""
-    hidden = [
-        ([torch.cat(pair) for pair in zip(before, after, strict=True)], mask)
-        for (before, mask), (after, _) in zip(fixed.hidden, found.hidden, strict=True)
-    ]
-    return _Predictions(torch.cat((fixed.logits, found.logits)), found.head, hidden)
 
 
 def _own_comparison(given: Any, rows: int, passes: int) -> tuple[Tensor, Head]:

@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.pytorch_utils import Conv1D
 
 from .trunk import find_layer_stacks
 
@@ -62,28 +61,6 @@ def _blocks(layer: nn.Module) -> list[nn.Module]:
     found = [child for child, name in names.items() if _BLOCK.search(name) and not _NO_BLOCK.search(name)]
     # (BLOOM and MPT hand the residual to the block.)
     return [block for block in found if "residual" not in inspect.signature(block.forward).parameters]
-
-
-def linear_maps(model: nn.Module) -> list[nn.Module]:
-    """The plain linear maps in the layers of a model, those of adapters included.
-
-    Raises:
-        ValueError: when there are none.
-    """
-    plain = (nn.Linear.forward, Conv1D.forward)
-    found = [
-        module
-        for layer in hidden_layers(model, "drop_connect")
-        for module in layer.modules()
-        if type(module).forward in plain
-        and ("forward" not in vars(module) or hasattr(module, "rdrop_drop_connect"))  # the latter is refused later
-    ]
-    if not found:
-        raise ValueError(
-            f"drop_connect: the layers of {type(model).__name__} have no plain torch.nn.Linear whose weights could be "
-            "dropped (quantised weights, or a replaced forward). Set drop_connect to 0."
-        )
-    return list(dict.fromkeys(found))
 
 
 def input_embeddings(model: Any) -> list[nn.Module]:

@@ -4,9 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-
-from .dropout import dropout_off, set_dropout
+from .dropout import set_dropout
 from .item_counts import ItemCountMixin
 from .sub_models import SubModels
 from .training_args import RDropArguments
@@ -32,8 +30,7 @@ class RunMixin(ItemCountMixin):
             ValueError: when the model has no place for one.
         """
         wanted = {name: self.rdrop_argument(name) for name in SOURCES}
-        asked = any(value != getattr(RDropArguments, f"rdrop_{name}") for name, value in wanted.items())
-        found = SubModels(self.base_model, **wanted) if asked else None
+        found = SubModels(self.base_model, **wanted) if any(wanted.values()) else None
         try:
             yield found
         finally:
@@ -50,21 +47,10 @@ class RunMixin(ItemCountMixin):
         """Whether this optimizer step has an agreement term."""
         return bool(self.rdrop_argument("alpha")) and self.state.global_step % self.rdrop_argument("interval") == 0
 
-    @contextmanager
-    def _fixed_pass(self, model: Any) -> Iterator[None]:
-        """Where the target of `rdrop_deterministic_target` is made, the pass that does not learn."""
-        with torch.no_grad(), dropout_off(model):
-            yield
-        torch.clear_autocast_cache()  # torch before 2.8 would use its casts in the pass that learns
-
     @property
     def _passes(self) -> int:
         """How often this optimizer step's batches are repeated while training."""
-        repeats = self._compares and not self.rdrop_argument("deterministic_target")
-        return self.rdrop_argument("passes") if repeats else 1
+        return self.rdrop_argument("passes") if self._compares else 1
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        flops = super().floating_point_ops(inputs)
-        if self._compares and self.rdrop_argument("deterministic_target"):
-            return flops * 4 // 3  # a forward more, which is a third of forward and backward
-        return flops * self._passes
+        return super().floating_point_ops(inputs) * self._passes

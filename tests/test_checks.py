@@ -18,6 +18,17 @@ def refuse(model, message, head="single", rows=None, **args):
     assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
 
 
+def test_an_argument_that_is_gone_but_was_saved_is_not_passed_over(tmp_path):
+    """As a `training_args.bin` of an older version has it; one at its old default asks for nothing."""
+    args = RDropTrainingArguments(str(tmp_path), max_steps=1, use_cpu=True, report_to=[])
+    args.rdrop_deterministic_target, args.rdrop_second_dropout = False, None
+    trainer = RDropTrainer(model=make_model("single"), args=args, train_dataset=make_rows("single"))
+    trainer.train()
+    args.rdrop_deterministic_target = True
+    with pytest.raises(ValueError, match=r"^rdrop_deterministic_target was removed: "):
+        trainer.train()
+
+
 def test_nothing_stochastic():
     refuse(make_model("single", 0.0), r"Nothing in this model is stochastic.*rdrop_dropout=0.1")
     train(make_model("single", 0.0), rdrop_alpha=0.0)  # plain fine-tuning does not need it
