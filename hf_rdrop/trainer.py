@@ -9,17 +9,17 @@ from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 
 from .batch import NON_BATCH_INPUTS, get_batch_size, repeat_batch
-from .checks import check_bases, check_batch, check_training_setup
+from .cards.card import write_card
+from .checkpoints.resuming import ResumeMixin, set_epoch
 from .dropout import draw_own_masks
-from .economies import Economies
-from .heads import without_answers
-from .hub import CleanPushMixin
-from .loss_log import LossLog
-from .model_card import write_card
-from .objective import BatchLoss, Objective
-from .parent_loss import check_was_called
-from .resuming import ResumeMixin, set_epoch
-from .step_logs import StepLogMixin
+from .hub.push import CleanPushMixin
+from .objective.batch_loss import BatchLoss, Objective
+from .objective.heads import without_answers
+from .objective.parent_loss import check_was_called
+from .training.checks import check_bases, check_batch, check_training_setup
+from .training.loss_log import LossLog
+from .training.run import Economies
+from .training.step_logs import StepLogMixin
 
 if TYPE_CHECKING:
     _AnyTrainer = Trainer

@@ -16,8 +16,8 @@ import torch
 from data_files import closest
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
-from hf_rdrop.card_text import write_atomically as write_file
 from hf_rdrop.checkpoints import check_checkpoint, last_finished
+from hf_rdrop.files import write_atomically as write_file
 from hf_rdrop.sigterm import STATUS
 from hf_rdrop.variant_args import check_removed
 

@@ -28,13 +28,13 @@ from comparison.tables import (
 from huggingface_hub import ModelCardData
 
 from hf_rdrop import RDropArguments, __version__
-from hf_rdrop.card_data import HUB_METRICS, TAG
-from hf_rdrop.card_evidence import comparison_part
-from hf_rdrop.card_facts import HeadFacts
-from hf_rdrop.card_logs import curves_part
-from hf_rdrop.card_objective import objective_facts
-from hf_rdrop.card_text import code, inline, link, public
-from hf_rdrop.loss_log import INERT_SHARE
+from hf_rdrop.cards.evidence import comparison_part
+from hf_rdrop.cards.facts import HeadFacts
+from hf_rdrop.cards.history import curves_part
+from hf_rdrop.cards.markdown import code, inline, link, public
+from hf_rdrop.cards.metadata import HUB_METRICS, TAG
+from hf_rdrop.cards.objective import objective_facts
+from hf_rdrop.training.loss_log import INERT_SHARE
 from hf_rdrop.variant_args import REMOVED
 
 KINDS = {

@@ -8,7 +8,7 @@ from conftest import make_collator, make_model, make_rows, step_logs, train
 from transformers import BartConfig, BartForSequenceClassification, BertConfig, BertModel, BertPreTrainedModel
 
 from hf_rdrop import RDropTrainer, RDropTrainingArguments
-from hf_rdrop.heads import resolve_head
+from hf_rdrop.objective.heads import resolve_head
 
 
 def refuse(model, message, head="single", rows=None, **args):

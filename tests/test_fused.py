@@ -9,8 +9,9 @@ from benchmark_measure import peak_bytes
 from reference import torch_reference
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_rdrop import RDropLoss, fused_blocks
+from hf_rdrop import RDropLoss
 from hf_rdrop.functional import softmax_agreement
+from hf_rdrop.fused import blocks as fused_blocks
 from hf_rdrop.fused import linear_rdrop_loss
 
 

@@ -273,7 +273,7 @@ def test_what_is_impossible_falls_back_with_the_reason(case, caplog, monkeypatch
     make, reason = REFUSED[case]
     kind = "masked" if case == "head not called" else "causal"
     batch = make_batch(kind)
-    monkeypatch.setattr("hf_rdrop.fused_head.MIN_VOCAB_SIZE", 1)
+    monkeypatch.setattr("hf_rdrop.fused.head.MIN_VOCAB_SIZE", 1)
     torch.manual_seed(0)
     model = make()
     plain = loss_and_gradients(make_trainer(copy.deepcopy(model), kind, rdrop_fused_head="off"), batch)
@@ -293,7 +293,7 @@ def test_a_loss_in_bfloat16_is_no_loss_of_its_own():
 
 
 def test_a_model_that_fails_when_tried_out_trains_on_its_logits(caplog, monkeypatch):
-    monkeypatch.setattr("hf_rdrop.fused_head.MIN_VOCAB_SIZE", 1)
+    monkeypatch.setattr("hf_rdrop.fused.head.MIN_VOCAB_SIZE", 1)
     model = make_lm("causal", "llama")
     forward = model.forward
 

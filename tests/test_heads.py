@@ -23,7 +23,7 @@ from transformers import (
 
 from hf_rdrop import RDropTrainer, RDropTrainingArguments, measure_consistency
 from hf_rdrop.batch import repeat_batch
-from hf_rdrop.heads import find_labels, find_logits
+from hf_rdrop.objective.heads import find_labels, find_logits
 
 TINY = 1e-9  # a dropout rate that makes a model stochastic on paper and never drops anything
 

@@ -30,12 +30,12 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from hf_rdrop import Consistency, RDropSeq2SeqTrainer, RDropTrainer
-from hf_rdrop.card_evidence import read_comparison, read_consistency
-from hf_rdrop.card_facts import describe_head, dropout_rates
-from hf_rdrop.card_logs import MAX_ROWS, curves_part, last_evaluation
-from hf_rdrop.card_text import inline, is_hub_id, number, public, table
+from hf_rdrop.cards.card import PLOT
+from hf_rdrop.cards.evidence import read_comparison, read_consistency
+from hf_rdrop.cards.facts import describe_head, dropout_rates
+from hf_rdrop.cards.history import MAX_ROWS, curves_part, last_evaluation
+from hf_rdrop.cards.markdown import inline, is_hub_id, number, public, table
 from hf_rdrop.consistency import Score
-from hf_rdrop.model_card import PLOT
 
 SHORT = Path(__file__).parents[1] / "model_cards" / "reference" / "short"
 MORE = ("question", "choice", "image", "audio")  # heads of head_models.py
@@ -46,7 +46,7 @@ DATA = {"dataset_tags": "glue", "dataset": "GLUE MRPC", "dataset_args": "mrpc", 
 def no_pictures(request, monkeypatch):
     """They take most of the time: only for the tests that ask for the fixture `pictures`."""
     if "pictures" not in request.fixturenames:
-        monkeypatch.setattr("hf_rdrop.model_card.plot_curves", lambda *_: False)
+        monkeypatch.setattr("hf_rdrop.cards.card.plot_curves", lambda *_: False)
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from hf_rdrop import RDropMixin, RDropTrainer, RDropTrainingArguments
-from hf_rdrop.heads import ANSWER, items_to_compare
+from hf_rdrop.objective.heads import ANSWER, items_to_compare
 
 SEMI = {"rdrop_alpha": ALPHA, "rdrop_unlabeled": True}
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}

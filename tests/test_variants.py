@@ -15,7 +15,7 @@ from hf_rdrop import RDropSeq2SeqTrainer, RDropTrainer, RDropTrainingArguments
 from hf_rdrop.agreements import OUTPUT_AGREEMENTS, hidden_state_agreement
 from hf_rdrop.contrastive import info_nce_agreement, pool
 from hf_rdrop.dropout import inspect_dropout
-from hf_rdrop.heads import find_logits, resolve_head
+from hf_rdrop.objective.heads import find_logits, resolve_head
 
 TINY = 1e-9
 
