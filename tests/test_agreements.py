@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from reference import naive_agreement, pairs
+from support.reference import naive_agreement, pairs
 
 from hf_rdrop.agreements import (
     OUTPUT_AGREEMENTS,

@@ -16,10 +16,10 @@ import run_glue
 import run_glue_no_trainer
 import run_ner
 import run_translation
-import script_data as made
 import torch
-from corrupt_data import Payload
 from safetensors.torch import load_file, save_file
+from support import script_data as made
+from support.corrupt_data import Payload
 from transformers import AutoConfig, MBartConfig, MBartForConditionalGeneration
 
 SCRIPTS = {"glue": run_glue, "ner": run_ner, "translation": run_translation, "loop": run_glue_no_trainer}

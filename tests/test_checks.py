@@ -4,7 +4,7 @@ import types
 
 import pytest
 import torch
-from conftest import make_collator, make_model, make_rows, step_logs, train
+from support.training import make_collator, make_model, make_rows, step_logs, train
 from transformers import BartConfig, BartForSequenceClassification, BertConfig, BertModel, BertPreTrainedModel
 
 from hf_rdrop import RDropTrainer, RDropTrainingArguments

@@ -11,10 +11,10 @@ import init_model
 import numpy as np
 import pytest
 import run_clm
-import script_data as made
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
+from support import script_data as made
 from transformers import AutoModelForCausalLM, AutoTokenizer, EvalPrediction, GPT2Config
 
 QUICK = ["--use_cpu", "--disable_tqdm", "true", "--logging_steps", "1", "--learning_rate", "1e-2", "--report_to=none"]

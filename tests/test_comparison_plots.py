@@ -9,8 +9,8 @@ from comparison.curves import plot_alphas, plot_curves
 from comparison.plots import pareto_front, plot_all, plot_gains, plot_pareto
 from comparison.rows import make_report
 from comparison.style import DPI, GREYS, fullest, place_labels, save, styles
-from comparison_data import ARMS, METRICS, make_choices, make_runs
 from PIL import Image, ImageColor
+from support.comparison_data import ARMS, METRICS, make_choices, make_runs
 
 
 def test_all_pictures(tmp_path):

@@ -9,8 +9,8 @@ import pytest
 from comparison.report import as_json, markdown, terminal_table
 from comparison.rows import make_report
 from comparison.statistics import bootstrap_interval
-from comparison_data import ARMS, METRICS, make_choices, make_run, make_runs
 from rich.console import Console
+from support.comparison_data import ARMS, METRICS, make_choices, make_run, make_runs
 
 
 def cells(text, heading, arm, task=None):

@@ -6,7 +6,7 @@ import pytest
 from comparison.cost import MIN_EXTRA_COST, Cost, gain_per_cost
 from comparison.rows import AVERAGE, make_report, points, trial_scores
 from comparison.tables import summary, task_table
-from comparison_data import ARMS, METRICS, make_run, make_runs
+from support.comparison_data import ARMS, METRICS, make_run, make_runs
 
 
 def test_scores_are_points_and_differences_paired():

@@ -8,9 +8,9 @@ import weakref
 
 import pytest
 import torch
-from conftest import HEADS, VOCAB, make_collator, make_model, make_rows
-from reference import naive_bernoulli_kl, naive_cross_entropy, naive_softmax, naive_symmetric_kl, pairs
 from sklearn.metrics import f1_score
+from support.reference import naive_bernoulli_kl, naive_cross_entropy, naive_softmax, naive_symmetric_kl, pairs
+from support.training import HEADS, VOCAB, make_collator, make_model, make_rows
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -160,7 +160,7 @@ def test_equals_a_reference_that_keeps_all_logits(head, dtype):
 
 
 def test_distances_are_those_of_the_training_objective():
-    """The same sKL as in tests/reference.py, and as R-Drop's own agreement between two passes."""
+    """The same sKL as in tests/support/reference.py, and as R-Drop's own agreement between two passes."""
     a, b = [0.3, -1.0, 2.0], [1.1, 0.4, -0.2]
     p, q = naive_softmax(a), naive_softmax(b)
     assert distance("single", p, q) == pytest.approx(naive_symmetric_kl(a, b))

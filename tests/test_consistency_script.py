@@ -10,8 +10,8 @@ import pytest
 import run_glue
 import run_ner
 import run_translation
-import script_data as made
 from PIL import Image
+from support import script_data as made
 
 ARGUMENTS = [
     *("--use_cpu", "--disable_tqdm", "true", "--save_strategy", "no", "--report_to", "none", "--max_steps", "3"),

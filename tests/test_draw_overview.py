@@ -1,13 +1,12 @@
 """The README's picture is drawn by its script."""
 
-from pathlib import Path
-
 import draw_overview
 import numpy as np
 import pytest
 from PIL import Image
+from support import ROOT
 
-COMMITTED = Path(__file__).parents[1] / "model_cards" / "overview.png"
+COMMITTED = ROOT / "model_cards" / "overview.png"
 
 
 def test_the_committed_picture_is_what_the_script_draws(tmp_path):

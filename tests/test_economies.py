@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from conftest import InOrder, make_model, make_rows, step_logs, train
+from support.training import InOrder, make_model, make_rows, step_logs, train
 from transformers import TrainerCallback
 
 from hf_rdrop import RDropSeq2SeqTrainer, RDropTrainer

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from reference import naive_bernoulli_kl, naive_symmetric_kl, pairs, torch_reference
+from support.reference import naive_bernoulli_kl, naive_symmetric_kl, pairs, torch_reference
 
 from hf_rdrop.functional import AGREEMENTS, bernoulli_agreement, softmax_agreement, squared_agreement, symmetric_kl
 

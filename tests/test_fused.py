@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from benchmark_measure import peak_bytes
-from reference import torch_reference
+from support.reference import torch_reference
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_rdrop import RDropLoss, fused_blocks

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from benchmark_measure import peak_bytes
-from conftest import make_model, make_rows, step_logs, train
+from support.training import make_model, make_rows, step_logs, train
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
 from hf_rdrop import (

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fuzzing import cases, normal, subset
 from hypothesis import given
 from hypothesis import strategies as st
+from support.fuzzing import cases, normal, subset
 from torch import Tensor
 from transformers import (
     AutoModelForSequenceClassification,

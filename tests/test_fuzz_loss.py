@@ -8,9 +8,9 @@ import math
 
 import pytest
 import torch
-from fuzzing import DTYPES, ITEMS, cases, normal, subset
 from hypothesis import given
 from hypothesis import strategies as st
+from support.fuzzing import DTYPES, ITEMS, cases, normal, subset
 
 from hf_rdrop.functional import AGREEMENTS, bernoulli_agreement, softmax_agreement, squared_agreement, symmetric_kl
 from hf_rdrop.fused import linear_rdrop_loss

@@ -21,13 +21,13 @@ from random import Random
 from types import SimpleNamespace
 
 import common
-import corrupt_data
 import pytest
 import run_glue
 import run_ner
 import run_translation
-import script_data as made
-from fuzzing import FACTOR
+from support import corrupt_data
+from support import script_data as made
+from support.fuzzing import FACTOR
 from transformers import AutoConfig, AutoTokenizer
 
 CASES = 40  # of each set-up by default

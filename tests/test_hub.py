@@ -18,12 +18,12 @@ import pytest
 import run_glue
 import run_ner
 import run_translation
-import script_data as made
 import torch
-from conftest import make_collator, make_model, make_rows
-from hub_server import Hub, environment, use_hub
 from huggingface_hub import HfApi, snapshot_download
 from safetensors.torch import load
+from support import script_data as made
+from support.hub_server import Hub, environment, use_hub
+from support.training import make_collator, make_model, make_rows
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,

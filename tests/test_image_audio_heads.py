@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
-from conftest import step_logs
-from reference import torch_reference
-from short_runs import TINY
+from support.reference import torch_reference
+from support.short_runs import TINY
+from support.training import step_logs
 
 from hf_rdrop import RDropTrainer, RDropTrainingArguments, measure_consistency
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from reference import naive_cross_entropy, naive_symmetric_kl, torch_reference
+from support.reference import naive_cross_entropy, naive_symmetric_kl, torch_reference
 from torch import nn
 
 from hf_rdrop import RDropLoss

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import HEADS, make_model, make_rows, train
-from head_models import build, rows_of
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from PIL import Image
+from support import ROOT
+from support.head_models import build, rows_of
+from support.training import HEADS, make_model, make_rows, train
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     ASTFeatureExtractor,
@@ -37,7 +38,7 @@ from hf_rdrop.card_text import inline, is_hub_id, number, public, table
 from hf_rdrop.consistency import Score
 from hf_rdrop.model_card import PLOT
 
-SHORT = Path(__file__).parents[1] / "model_cards" / "reference" / "short"
+SHORT = ROOT / "model_cards" / "reference" / "short"
 MORE = ("question", "choice", "image", "audio")  # heads of head_models.py
 DATA = {"dataset_tags": "glue", "dataset": "GLUE MRPC", "dataset_args": "mrpc", "language": "en"}
 

@@ -5,8 +5,8 @@ import contextlib
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_model, make_rows, step_logs, train
-from short_runs import ALPHA, TINY, refuse, run, values
+from support.short_runs import ALPHA, TINY, refuse, run, values
+from support.training import make_model, make_rows, step_logs, train
 from torch import nn
 from transformers import PretrainedConfig, Trainer
 

@@ -21,15 +21,15 @@ import torch
 from common import parse_arguments
 from comparison.config import parse
 from comparison.tuning import choose, plan_trials
-from conftest import make_model, make_rows
-from hub_server import Hub, run_program, use_hub
 from huggingface_hub import HfApi
+from support import ROOT
+from support.hub_server import Hub, run_program, use_hub
+from support.training import make_model, make_rows
 from torch.utils.data import DataLoader
 from transformers import default_data_collator
 
 import hf_rdrop
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
 CONFIGURATIONS = sorted((ROOT / "model_cards" / "reference").glob("*.yaml"))
 CARDS = sorted((ROOT / "model_cards" / "reference").rglob("cards/*.md"))

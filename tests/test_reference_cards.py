@@ -3,7 +3,6 @@
 import json
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 import reference_cards
@@ -12,11 +11,12 @@ from common import parse_arguments
 from comparison.config import parse as parse_comparison
 from comparison.report import as_json
 from comparison.rows import make_report
-from comparison_data import ARMS, METRICS, make_choices, make_run, make_runs
 from huggingface_hub import ModelCard
 from reference_card_parts import in_words, options_of
+from support import ROOT
+from support.comparison_data import ARMS, METRICS, make_choices, make_run, make_runs
 
-REFERENCE = Path(__file__).parents[1] / "model_cards" / "reference"
+REFERENCE = ROOT / "model_cards" / "reference"
 SHORT = REFERENCE / "short" / "comparison.json"
 
 

@@ -16,14 +16,14 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import common
-import faults
 import pytest
-import script_data as made
 import torch
-from conftest import make_model, make_rows, train
-from faults import finish, plain_run, script_run, start, wait_for
 from run_queue import Run, run_all
 from safetensors.torch import save_file
+from support import faults
+from support import script_data as made
+from support.faults import finish, plain_run, script_run, start, wait_for
+from support.training import make_model, make_rows, train
 
 from hf_rdrop import RDropTrainer
 from hf_rdrop.checkpoints import CheckpointError, check_checkpoint, find_damage, last_finished, saving
@@ -412,7 +412,8 @@ def test_processes_agree_on_the_step_they_stop_after(glue, tmp_path):
     wrapper = tmp_path / "wrapper.py"
     wrapper.write_text(
         f"import sys, os; sys.path[:0] = {sys.path!r}\n"
-        "import faults, run_glue, common\n"
+        "import run_glue, common\n"
+        "from support import faults\n"
         f"open({str(tmp_path)!r} + '/pid-' + os.environ['RANK'], 'w').write(str(os.getpid()))\n"
         "faults.plan('slow', 0)\ncommon.cli(run_glue.main)\n"
     )

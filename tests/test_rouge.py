@@ -12,8 +12,8 @@ import pytest
 pytest.importorskip("evaluate", reason="hf_rdrop.metrics needs the scripts extra")
 
 import run_translation
-import script_data as made
 import translation_data
+from support import script_data as made
 from transformers import EvalPrediction
 
 from hf_rdrop.metrics import Rouge

@@ -14,12 +14,12 @@ import data_files
 import datasets
 import pytest
 import run_contrastive
-import script_data as made
 import torch
-from hub_server import Hub, use_hub
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from scipy import stats
+from support import script_data as made
+from support.hub_server import Hub, use_hub
 from transformers import AutoModel, AutoTokenizer, GPT2Config, GPT2Model, set_seed
 
 QUICK = ["--use_cpu", "--disable_tqdm=true", "--logging_steps=1", "--learning_rate=1e-3", "--save_strategy=no"]

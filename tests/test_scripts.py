@@ -18,11 +18,12 @@ import run_glue
 import run_glue_no_trainer
 import run_ner
 import run_translation
-import script_data as made
 import torch
 import translation_data
 from safetensors.torch import load_file, save_file
-from script_runs import QUICK, arguments, assert_same_weights, classification, logged, read, write_splits
+from support import ROOT
+from support import script_data as made
+from support.script_runs import QUICK, arguments, assert_same_weights, classification, logged, read, write_splits
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoTokenizer,
@@ -240,7 +241,7 @@ def test_push_to_the_hub_comes_after_the_results(tmp_path, encoder, monkeypatch)
 
 def test_the_card_shows_what_was_measured(tmp_path, encoder):
     files = write_splits(tmp_path, classification("pairs"))
-    comparison = str(Path(__file__).parents[1] / "model_cards" / "reference" / "short" / "comparison.json")
+    comparison = str(ROOT / "model_cards" / "reference" / "short" / "comparison.json")
     more = ("--task_name", "mrpc", "--consistency_samples", "2")
     run_glue.main(arguments(tmp_path, files, encoder, *more, "--card_comparison", comparison))
     card = (tmp_path / "out" / "README.md").read_text()

@@ -13,11 +13,11 @@ from pathlib import Path
 import optuna
 import pytest
 import run_glue
-import script_data as made
 import sweep
 import torch
-from conftest import make_model, make_rows
 from rich.console import Console
+from support import script_data as made
+from support.training import make_model, make_rows
 from sweep_report import Sweep, Trial, markdown, plot, terminal_table
 from sweep_search import STARTUP_TRIALS, draw_parameters, run_trials, trial_seed
 from transformers import TrainerCallback, default_data_collator

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from conftest import make_rows, step_logs
+from support.training import make_rows, step_logs
 from transformers import (
     BertConfig,
     BertForSequenceClassification,

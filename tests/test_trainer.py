@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import InOrder, make_collator, make_model, make_rows, step_logs, train
-from reference import torch_reference
+from support.reference import torch_reference
+from support.training import InOrder, make_collator, make_model, make_rows, step_logs, train
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import InOrder, make_model, make_rows, train
-from short_runs import ALPHA, make_llama, refuse, run, values
+from support.short_runs import ALPHA, make_llama, refuse, run, values
+from support.training import InOrder, make_model, make_rows, train
 from torch import nn
 from transformers import DataCollatorWithFlattening
 

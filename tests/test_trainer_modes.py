@@ -5,8 +5,8 @@ import logging
 
 import pytest
 import torch
-from conftest import HEADS, VOCAB, InOrder, make_collator, make_model, make_rows, step_logs, train
-from short_runs import ALPHA, TINY, make_llama, refuse, run, values
+from support.short_runs import ALPHA, TINY, make_llama, refuse, run, values
+from support.training import HEADS, VOCAB, InOrder, make_collator, make_model, make_rows, step_logs, train
 from transformers import (
     AutoConfig,
     AutoModelForSeq2SeqLM,

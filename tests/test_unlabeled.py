@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import InOrder, make_model, make_rows, step_logs, train
-from distributed_worker import TINY, hide_labels, make_any_model, make_any_rows, make_passes_differ, run
-from reference import torch_reference
-from short_runs import ALPHA, refuse
-from test_distributed import assert_same
+from support.distributed_worker import TINY, hide_labels, make_any_model, make_any_rows, make_passes_differ, run
+from support.processes import assert_same
+from support.reference import torch_reference
+from support.short_runs import ALPHA, refuse
+from support.training import InOrder, make_model, make_rows, step_logs, train
 from torch import nn
 from transformers import (
     BertConfig,

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import run_glue
-import script_data as made
 from accelerate.data_loader import BatchSamplerShard
-from script_runs import arguments, assert_same_weights, classification, logged, write_splits
+from support import script_data as made
+from support.script_runs import arguments, assert_same_weights, classification, logged, write_splits
 from torch.utils.data import BatchSampler, SequentialSampler
 from unlabeled_batches import MixedSampler
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from benchmark_measure import peak_bytes
-from conftest import HEADS, make_collator, make_model, make_rows, step_logs, train
+from support.training import HEADS, make_collator, make_model, make_rows, step_logs, train
 from transformers import (
     BertConfig,
     BertForSequenceClassification,

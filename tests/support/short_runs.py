@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conftest import step_logs, train
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_rdrop import RDropSeq2SeqTrainer, RDropTrainer
+from support.training import step_logs, train
 
 ALPHA = 2.0
 TINY = 1e-9  # a dropout rate that never drops anything

@@ -29,7 +29,8 @@ from typing import NamedTuple
 import huggingface_hub
 import pytest
 import transformers
-from hub_api import HubApi, Refusal, Reply
+
+from support.hub_api import HubApi, Refusal, Reply
 
 
 @dataclass

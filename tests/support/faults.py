@@ -10,17 +10,17 @@ import traceback
 from pathlib import Path
 
 import torch
-from conftest import make_model, train
 from transformers import Trainer, TrainerState
 
 from hf_rdrop import RDropMixin, RDropTrainer
 from hf_rdrop.checkpoints import last_finished
+from support.training import make_model, train
 
 
 def start(target, log, *args, **kwargs):
     """A process that runs `target` with its output in a file."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["faults", "run_glue", "run_ner", "run_translation"])
+    context.set_forkserver_preload(["support.faults", "run_glue", "run_ner", "run_translation"])
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # older Pythons' servers look nowhere else
     process = context.Process(target=_run, args=(target, str(log), args, kwargs))
     process.start()

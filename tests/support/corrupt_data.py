@@ -16,7 +16,8 @@ from typing import Any
 import pandas
 import pyarrow as pa
 import pyarrow.parquet
-from script_data import write
+
+from support.script_data import write
 
 Rows = list[dict[str, Any]]
 
@@ -285,7 +286,7 @@ def make_file(folder: Path, split: str, rows: Rows, formats: list[str], draw: Ra
 
 
 def write_any(path: Path, rows: Rows) -> None:
-    """`script_data.write` for rows that need not have the same columns, or be encodable."""
+    """`support.script_data.write` for rows that need not have the same columns, or be encodable."""
     if path.suffix in (".csv", ".tsv"):
         names = list(dict.fromkeys(name for row in rows for name in row))
         texts = [{name: "" if row.get(name) is None else row.get(name) for name in names} for row in rows]

@@ -7,10 +7,10 @@ import sys
 
 import torch
 import torch.distributed as dist
-from conftest import HEADS, VOCAB, InOrder, make_model, make_rows, step_logs, train
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, set_seed
 
 from hf_rdrop import RDropTrainer
+from support.training import HEADS, VOCAB, InOrder, make_model, make_rows, step_logs, train
 
 ALL_HEADS = (*HEADS, "causal")
 TINY = 1e-9  # a dropout rate that makes a model stochastic on paper and never drops anything

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
-from distributed_worker import ACCUMULATED, AT_ONCE, FUSED, PLAIN, R_DROP, SHARED, make_any_model, run
+
+from support.distributed_worker import ACCUMULATED, AT_ONCE, FUSED, PLAIN, R_DROP, SHARED, make_any_model, run
 
 UNTIED, TIED = {"tie_word_embeddings": False}, {"tie_word_embeddings": True}
 # (head, changes of the configuration, arguments, rows and micro-batches)

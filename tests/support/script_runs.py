@@ -2,8 +2,9 @@
 
 import json
 
-import script_data as made
 from safetensors.torch import load_file
+
+from support import script_data as made
 
 QUICK = [
     "--use_cpu",

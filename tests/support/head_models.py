@@ -1,8 +1,7 @@
-"""Tiny models and rows of heads beside those of `conftest.HEADS`."""
+"""Tiny models and rows of heads beside those of `support.training.HEADS`."""
 
 import torch
 import torch.nn.functional as F
-from conftest import make_rows
 from torch import nn
 from transformers import (
     ASTConfig,
@@ -21,6 +20,8 @@ from transformers import (
     ViTForImageClassification,
     set_seed,
 )
+
+from support.training import make_rows
 
 TOKENS = {"vocab_size": 40, "initializer_range": 0.3}
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
