@@ -16,12 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common import cli, write_file
+from comparison.cards import Task, file_name, make_parts, metadata
+from comparison.figures import Report, make_report
 from comparison.history import as_lines
-from comparison.rows import Report, make_report
-from data_files import closest
-from reference_card_parts import Task, file_name, make_parts, metadata
-
+from finetuning.results import write_file
+from finetuning.run import cli, closest
 from hf_rdrop.card_evidence import read_consistency
 from hf_rdrop.card_text import render
 

@@ -19,13 +19,21 @@ Perplexities can only be compared between models with the same tokenizer and blo
 from collections.abc import Callable
 from typing import Any
 
-from clm_data import BlockCollator, ClmArguments, check_model, load_texts, make_blocks, score_tokens, token_sums
-from common import cli, parse_arguments, start_run
-from model_loading import ModelArguments, fit_length, hub_name, load_config, load_model, load_tokenizer
-from script_trainer import ScriptMixin
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, Trainer
 
+from finetuning.model import ModelArguments, fit_length, hub_name, load_config, load_model, load_tokenizer
+from finetuning.run import cli, parse_arguments, start_run
+from finetuning.trainer import ScriptMixin
 from hf_rdrop import RDropTrainer, RDropTrainingArguments
+from tasks.language_modelling import (
+    BlockCollator,
+    ClmArguments,
+    check_model,
+    load_texts,
+    make_blocks,
+    score_tokens,
+    token_sums,
+)
 
 
 class LanguageModelTrainer(ScriptMixin, RDropTrainer):

@@ -13,8 +13,16 @@ Rows without labels (--unlabeled_file) take part in the agreement: a few beside 
 from collections.abc import Callable
 from typing import Any
 
-from common import cli, parse_arguments, start_run
-from glue_data import (
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer
+
+from finetuning.labels import SINGLE
+from finetuning.model import ModelArguments, fit_length, hub_name, load_config, load_model, load_tokenizer
+from finetuning.run import cli, parse_arguments, start_run
+from finetuning.trainer import ScriptMixin, padding_multiple
+from finetuning.unlabeled import UnlabeledArguments, load_unlabeled, no_targets
+from finetuning.unlabeled_batches import UnlabeledMixin
+from hf_rdrop import RDropTrainer, RDropTrainingArguments
+from tasks.classification import (
     GlueArguments,
     build_metric,
     choose_labels,
@@ -27,14 +35,6 @@ from glue_data import (
     score,
     tokenize,
 )
-from labels import SINGLE
-from model_loading import ModelArguments, fit_length, hub_name, load_config, load_model, load_tokenizer
-from script_trainer import ScriptMixin, padding_multiple
-from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer
-from unlabeled_batches import UnlabeledMixin
-from unlabeled_data import UnlabeledArguments, load_unlabeled, no_targets
-
-from hf_rdrop import RDropTrainer, RDropTrainingArguments
 
 
 class GlueTrainer(ScriptMixin, UnlabeledMixin, RDropTrainer):

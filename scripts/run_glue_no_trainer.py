@@ -20,20 +20,21 @@ from typing import Any
 
 import datasets
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
-from common import (
-    LAST_RESULT_FILE,
-    RESUME_OPTION,
-    cli,
-    find_checkpoint,
-    parse_arguments,
-    read_json,
-    remove_results,
-    write_json,
-)
-from glue_data import (
+from torch.utils.data import DataLoader
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, SchedulerType, get_scheduler
+
+from accelerate import Accelerator, DataLoaderConfiguration
+from finetuning.labels import Labels
+from finetuning.model import ModelArguments, fit_length, load_config, load_model, load_tokenizer
+from finetuning.results import LAST_RESULT_FILE, read_json, remove_results, write_json
+from finetuning.run import RESUME_OPTION, cli, find_checkpoint, parse_arguments
+from hf_rdrop import RDropArguments, RDropLoss, set_dropout
+from hf_rdrop.batch import repeat_batch, split_passes
+from hf_rdrop.checkpoints import saving
+from hf_rdrop.checks import check_stochastic
+from tasks.classification import (
     GlueArguments,
     build_metric,
     choose_labels,
@@ -44,17 +45,8 @@ from glue_data import (
     read_targets,
     tokenize,
 )
-from labels import Labels
-from model_loading import ModelArguments, fit_length, load_config, load_model, load_tokenizer
-from torch.utils.data import DataLoader
-from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, SchedulerType, get_scheduler
 
-from hf_rdrop import RDropArguments, RDropLoss, set_dropout
-from hf_rdrop.batch import repeat_batch, split_passes
-from hf_rdrop.checkpoints import saving
-from hf_rdrop.checks import check_stochastic
-
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"hf_rdrop.scripts.{__name__}")
 
 
 @dataclass

@@ -16,16 +16,16 @@ processor and nothing else: there is no random cropping or flipping. Pillow is e
 from collections.abc import Callable
 from typing import Any
 
-from common import cli, parse_arguments, start_run
-from glue_data import flip_labels, predict_labels, read_targets, score
-from image_data import ImageArguments, choose_labels, file_names, format_predictions, load_images
-from image_processing import ImageModelArguments, PreparedImages, check_images, load_image_processor
-from model_loading import hub_name, load_config, load_model
-from script_trainer import ScriptMixin
 from transformers import AutoModelForImageClassification, Trainer
 
+from finetuning.model import hub_name, load_config, load_model
+from finetuning.run import cli, parse_arguments, start_run
+from finetuning.trainer import ScriptMixin
 from hf_rdrop import RDropTrainer, RDropTrainingArguments
 from hf_rdrop.metrics import SequenceClassification
+from tasks.classification import flip_labels, predict_labels, read_targets, score
+from tasks.image_processing import ImageModelArguments, PreparedImages, check_images, load_image_processor
+from tasks.images import ImageArguments, choose_labels, file_names, format_predictions, load_images
 
 
 class ImageTrainer(ScriptMixin, RDropTrainer):

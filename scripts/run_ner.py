@@ -13,10 +13,14 @@ Each row holds a list of words (`tokens`) and a list of as many tags (`ner_tags`
 from collections.abc import Callable
 from typing import Any
 
-from common import cli, parse_arguments, start_run
-from data_files import load_splits
-from model_loading import ModelArguments, fit_length, hub_name, load_config, load_model, load_word_tokenizer
-from ner_data import (
+from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification, EvalPrediction, Trainer
+
+from finetuning.data import load_splits
+from finetuning.model import ModelArguments, fit_length, hub_name, load_config, load_model, load_word_tokenizer
+from finetuning.run import cli, parse_arguments, start_run
+from finetuning.trainer import ScriptMixin, padding_multiple
+from hf_rdrop import RDropTrainer, RDropTrainingArguments
+from tasks.tagging import (
     NerArguments,
     check_rows,
     choose_labels,
@@ -25,10 +29,6 @@ from ner_data import (
     read_targets,
     tokenize,
 )
-from script_trainer import ScriptMixin, padding_multiple
-from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification, EvalPrediction, Trainer
-
-from hf_rdrop import RDropTrainer, RDropTrainingArguments
 
 
 class NerTrainer(ScriptMixin, RDropTrainer):

@@ -18,16 +18,24 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from common import cli, parse_arguments, start_run
-from data_files import load_splits
-from model_loading import ModelArguments, fit_length, hub_name, load_config, load_model, load_tokenizer, set_languages
-from script_trainer import ScriptMixin, padding_multiple
 from transformers import AutoModelForSeq2SeqLM, Trainer
-from translation_data import PairCollator, TranslationArguments, decode, read_pairs, score_against, tokenize
 
+from finetuning.data import load_splits
+from finetuning.model import (
+    ModelArguments,
+    fit_length,
+    hub_name,
+    load_config,
+    load_model,
+    load_tokenizer,
+    set_languages,
+)
+from finetuning.run import cli, parse_arguments, start_run
+from finetuning.trainer import ScriptMixin, padding_multiple
 from hf_rdrop import RDropSeq2SeqTrainer, RDropSeq2SeqTrainingArguments
+from tasks.translation import PairCollator, TranslationArguments, decode, read_pairs, score_against, tokenize
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"hf_rdrop.scripts.{__name__}")
 
 
 class TranslationTrainer(ScriptMixin, RDropSeq2SeqTrainer):

@@ -12,12 +12,12 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
+
+from hf_rdrop import RDropTrainer, RDropTrainingArguments
 from support import ROOT
 from support import script_data as made
 from support.processes import CONFIGS, launcher
 from support.training import make_model, make_rows
-
-from hf_rdrop import RDropTrainer, RDropTrainingArguments
 
 TYPES = {
     "cpu": DistributedType.MULTI_GPU,  # its way to start several processes; the script's --use_cpu makes it gloo's

@@ -8,19 +8,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-import common
-import data_files
 import datasets
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, MBartConfig, MBartForConditionalGeneration
+
 import run_glue
 import run_glue_no_trainer
 import run_ner
 import run_translation
-import torch
-from safetensors.torch import load_file, save_file
+from finetuning.run import cli
+from support import ROOT
 from support import script_data as made
 from support.corrupt_data import Payload
-from transformers import AutoConfig, MBartConfig, MBartForConditionalGeneration
 
 SCRIPTS = {"glue": run_glue, "ner": run_ner, "translation": run_translation, "loop": run_glue_no_trainer}
 
@@ -76,7 +77,7 @@ def refused(script, folder, capsys, *more, model, train=None, validation=None, o
     if script == "translation" and not any(str(item).startswith(("--text_column", "--source_lang")) for item in more):
         argv += ["--source_lang=en", "--target_lang=de"]
     with pytest.raises(SystemExit) as stop:
-        common.cli(lambda: SCRIPTS[script].main([*argv, *map(str, more)]))
+        cli(lambda: SCRIPTS[script].main([*argv, *map(str, more)]))
     captured = capsys.readouterr()
     assert stop.value.code == 2
     errors = [line for line in captured.err.splitlines() if line.startswith("error")]
@@ -415,7 +416,7 @@ def test_data_set_of_the_hub(tmp_path, capsys, models, monkeypatch):
     check(message, "some/corpus x", "could not be loaded", "--train_file")
     rows = made.classification_rows("pairs", 8, 0)
     stand_in = datasets.DatasetDict(train=datasets.Dataset.from_list(rows))
-    monkeypatch.setattr(data_files.datasets, "load_dataset", lambda *args, **kwargs: stand_in)
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: stand_in)
     check(
         refused("glue", tmp_path, capsys, *more, model=models["encoder"], data=False), "no split 'validation'", "train"
     )
@@ -516,7 +517,7 @@ def test_rows_of_ner(tmp_path, capsys, models, more, train, validation, words):
 
 def test_a_tag_that_turns_the_f1_off_is_named(tmp_path, caplog, models):
     train = made.write(tmp_path / "train.jsonl", [ner_row(), ner_row(ner_tags=["Bperson", "O", "O", "O"])] * 2)
-    with caplog.at_level("WARNING", logger="ner_data"):
+    with caplog.at_level("WARNING", logger="hf_rdrop.scripts"):
         results = run_ner.main([f"--train_file={train}", f"--validation_file={train}", "--do_train", "--do_eval",
                                 f"--model_name_or_path={models['encoder']}", f"--output_dir={tmp_path / 'out'}",
                                 "--max_steps=1", "--use_cpu", "--save_strategy=no"])  # fmt: skip
@@ -566,7 +567,7 @@ def test_predicting_without_generating(tmp_path, capsys, models):
 
 def test_status_and_message_of_a_process(tmp_path, models):
     rows = made.write(tmp_path / "train.jsonl", [glue_row(label=7)])
-    script = Path(common.__file__).with_name("run_glue.py")
+    script = ROOT / "scripts" / "run_glue.py"
     command = [sys.executable, str(script), "--task_name=mrpc", f"--train_file={rows}", "--do_train", "--use_cpu",
                f"--model_name_or_path={models['encoder']}", f"--output_dir={tmp_path / 'out'}"]  # fmt: skip
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -580,7 +581,7 @@ def test_status_and_message_of_a_process(tmp_path, models):
 def test_traceback_on_request(capsys, monkeypatch):
     monkeypatch.setenv("HF_RDROP_DEBUG", "1")
     with pytest.raises(SystemExit) as stop:
-        common.cli(lambda: run_glue.main(["--model_name_or_path=x", "--task_name=mrpc", "--rdrop_alpha=-1"]))
+        cli(lambda: run_glue.main(["--model_name_or_path=x", "--task_name=mrpc", "--rdrop_alpha=-1"]))
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert "Traceback" in error and error.splitlines()[-1].startswith("error: rdrop_alpha")

@@ -2,18 +2,19 @@
 
 import json
 
-import benchmark
-import benchmark_measure
 import pytest
 import torch
 import torch.nn.functional as F
-from benchmark_loss import CLOSED_FORM, OFFICIAL, loss_arms, loss_differences, official_kl
-from benchmark_loss import FUSED as FUSED_LOSS
-from benchmark_measure import Arm, elementwise_seconds, measure, peak_bytes
-from benchmark_plots import plot
-from benchmark_precision import CLASSES, DTYPES, LOW, OURS, TARGETS, precision_errors
-from benchmark_report import markdown, memory_ratio, tables, time_ratio
-from benchmark_steps import (
+from torch.distributions import Categorical, kl_divergence
+
+import benchmark
+from benchmarking.loss import CLOSED_FORM, OFFICIAL, loss_arms, loss_differences, official_kl
+from benchmarking.loss import FUSED as FUSED_LOSS
+from benchmarking.measure import Arm, elementwise_seconds, measure, peak_bytes
+from benchmarking.plots import plot
+from benchmarking.precision import CLASSES, DTYPES, LOW, OURS, TARGETS, precision_errors
+from benchmarking.report import markdown, memory_ratio, tables, time_ratio
+from benchmarking.steps import (
     DOUBLED,
     FUSED,
     HEADS,
@@ -27,7 +28,6 @@ from benchmark_steps import (
     step_settings,
     trunk_layers,
 )
-from torch.distributions import Categorical, kl_divergence
 
 CPU = torch.device("cpu")
 MB = 1_000_000
@@ -69,10 +69,10 @@ def test_peak_memory_leaves_out_what_was_there_and_counts_backward():
 
 def test_arms_take_turns_and_times_are_per_step(monkeypatch):
     ran = []
-    monkeypatch.setattr(benchmark_measure, "SAMPLE_SECONDS", 0)
+    monkeypatch.setattr("benchmarking.measure.SAMPLE_SECONDS", 0)
     arms = [Arm(name, lambda name=name: ran.append(name), steps) for name, steps in (("a", 1), ("b", 2), ("c", 4))]
     clock = iter(range(1000))
-    monkeypatch.setattr(benchmark_measure.time, "perf_counter", lambda: float(next(clock)))  # every call takes 1 s
+    monkeypatch.setattr("time.perf_counter", lambda: float(next(clock)))  # every call takes 1 s
     told = []
     results = measure(arms, 4, CPU, told.append)
     assert ran[:6] == ["a", "a", "b", "b", "c", "c"]  # warm-up and memory
@@ -281,7 +281,7 @@ def test_prediction_stands_beside_the_measurement(tmp_path):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("classes", CLASSES)
 def test_value_and_gradient_stay_exact_as_the_passes_come_to_agree(dtype, classes, monkeypatch):
-    monkeypatch.setattr("benchmark_precision.ROWS", 128)  # a processor without these types takes its time
+    monkeypatch.setattr("benchmarking.precision.ROWS", 128)  # a processor without these types takes its time
     found = [precision_errors(dtype, classes, target) for target in TARGETS]
     assert [errors["kl"]["exact"] for errors in found] == pytest.approx(TARGETS, rel=3)  # bfloat16 moves the smallest
     assert max(errors[OURS]["gradient"] for errors in found) < 2e-3

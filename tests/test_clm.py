@@ -6,16 +6,17 @@ import json
 import math
 from types import SimpleNamespace
 
-import clm_data
-import init_model
 import numpy as np
 import pytest
-import run_clm
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
-from support import script_data as made
 from transformers import AutoModelForCausalLM, AutoTokenizer, EvalPrediction, GPT2Config
+
+import init_model
+import run_clm
+from support import script_data as made
+from tasks import language_modelling
 
 QUICK = ["--use_cpu", "--disable_tqdm", "true", "--logging_steps", "1", "--learning_rate", "1e-2", "--report_to=none"]
 PAD, CLS, SEP, MASK = 0, 2, 3, 4
@@ -56,7 +57,7 @@ def arguments(tmp_path, files, model, *more, name="{split}.txt", steps="do_train
 
 
 def data_args(**options):
-    return clm_data.ClmArguments(train_file="x.txt", **options)
+    return language_modelling.ClmArguments(train_file="x.txt", **options)
 
 
 # ---- Tokens and blocks ----
@@ -70,13 +71,13 @@ def test_tokens_follow_each_other_with_an_end_after_each_text():
         expected += [*words, SEP] if words else []
     for template in (True, False):  # [CLS] text [SEP], and text [SEP]: the end is there already
         tokenizer = made.make_tokenizer(pair_template=template)
-        found = clm_data.tokenize(Dataset.from_dict({"text": texts}), "train", tokenizer, data_args())
+        found = language_modelling.tokenize(Dataset.from_dict({"text": texts}), "train", tokenizer, data_args())
         assert [token for token in found.tolist() if token != CLS] == expected
         assert found.tolist().count(CLS) == 3 * template
     tokenizer.backend_tokenizer.post_processor = None  # a tokenizer that adds nothing, like GPT-2's
-    found = clm_data.tokenize(Dataset.from_dict({"text": texts}), "train", tokenizer, data_args())
+    found = language_modelling.tokenize(Dataset.from_dict({"text": texts}), "train", tokenizer, data_args())
     assert found.tolist() == expected
-    found = clm_data.tokenize(Dataset.from_dict({"text": texts}), "train", tokenizer, data_args(mlm=True))
+    found = language_modelling.tokenize(Dataset.from_dict({"text": texts}), "train", tokenizer, data_args(mlm=True))
     assert found.tolist() == [token for token in expected if token != SEP]
 
 
@@ -84,8 +85,8 @@ def test_tokens_of_more_texts_than_a_batch_are_complete():
     rows = Dataset.from_dict({"text": [text for text, _ in made.sentences(2500, 0)]})
     tokenizer = made.make_tokenizer(pair_template=False)
     expected = list(itertools.chain(*(tokenizer(text).input_ids for text in rows["text"])))
-    assert clm_data.tokenize(rows, "train", tokenizer, data_args()).tolist() == expected
-    chosen = clm_data.tokenize(rows.select([7, 3]), "train", tokenizer, data_args()).tolist()
+    assert language_modelling.tokenize(rows, "train", tokenizer, data_args()).tolist() == expected
+    chosen = language_modelling.tokenize(rows.select([7, 3]), "train", tokenizer, data_args()).tolist()
     assert chosen == tokenizer(rows[7]["text"]).input_ids + tokenizer(rows[3]["text"]).input_ids
 
 
@@ -102,13 +103,13 @@ def test_blocks_are_those_of_a_naive_loop(count, size):
         expected["input_ids"].append(row + rest * [PAD])
         expected["attention_mask"].append(len(row) * [1] + rest * [0])
         expected["labels"].append(row + rest * [-100])
-    assert clm_data.cut(np.array(tokens), size, PAD).to_dict() == expected
+    assert language_modelling.cut(np.array(tokens), size, PAD).to_dict() == expected
 
 
 def test_the_end_is_learnt_even_if_it_is_also_the_padding():
     """The example of Transformers leaves out every label that is the padding token."""
-    blocks = clm_data.cut(np.array([5, 6, SEP, 7, SEP]), 4, pad=SEP)
-    batch = clm_data.BlockCollator(made.make_tokenizer(), data_args(), seed=0)(list(blocks))
+    blocks = language_modelling.cut(np.array([5, 6, SEP, 7, SEP]), 4, pad=SEP)
+    batch = language_modelling.BlockCollator(made.make_tokenizer(), data_args(), seed=0)(list(blocks))
     assert batch["labels"].tolist() == [[5, 6, SEP, 7], [SEP, -100, -100, -100]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 0, 0, 0]]
 
@@ -166,18 +167,20 @@ def test_sums_of_tokens_with_labels_left_out(shift):
                 sums[2] += 1
         expected.append(sums)
     for given in (logits, (logits, "cache")):
-        torch.testing.assert_close(clm_data.token_sums(shift)(given, labels), torch.tensor(expected))
+        torch.testing.assert_close(language_modelling.token_sums(shift)(given, labels), torch.tensor(expected))
     nll, hits, count = np.array(expected).sum(0)
-    scores = clm_data.score_tokens(EvalPrediction(np.array(expected), None))
+    scores = language_modelling.score_tokens(EvalPrediction(np.array(expected), None))
     assert scores == pytest.approx({"nll": nll / count, "perplexity": math.exp(nll / count), "accuracy": hits / count})
-    assert clm_data.score_tokens(EvalPrediction(np.array([[1e4, 0, 1]]), None))["perplexity"] == math.inf
+    assert language_modelling.score_tokens(EvalPrediction(np.array([[1e4, 0, 1]]), None))["perplexity"] == math.inf
 
 
 # ---- Masks ----
 
 
 def masking(seed=0, probability=0.15):
-    return clm_data.BlockCollator(made.make_tokenizer(), data_args(mlm=True, mlm_probability=probability), seed=seed)
+    return language_modelling.BlockCollator(
+        made.make_tokenizer(), data_args(mlm=True, mlm_probability=probability), seed=seed
+    )
 
 
 def test_shares_of_masked_tokens():
@@ -400,11 +403,11 @@ def test_a_block_size_beyond_the_model_is_cut_with_a_warning(tmp_path, decoder, 
 
 def test_a_causal_bert_is_accepted():
     tokenizer = made.make_tokenizer()
-    clm_data.check_model(
+    language_modelling.check_model(
         SimpleNamespace(model_type="bert", is_decoder=True, is_encoder_decoder=False), tokenizer, False
     )
-    clm_data.check_model(GPT2Config(), tokenizer, False)
+    language_modelling.check_model(GPT2Config(), tokenizer, False)
     with pytest.raises(ValueError, match="Give --mlm"):
-        clm_data.check_model(
+        language_modelling.check_model(
             SimpleNamespace(model_type="roberta", is_decoder=False, is_encoder_decoder=False), tokenizer, False
         )

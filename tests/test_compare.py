@@ -10,14 +10,16 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import compare
 import pytest
+
+import compare
 from comparison.arms import BUILT_IN, Task, candidates, make_arms, run_arguments, split_line
 from comparison.config import parse
 from comparison.history import as_columns, as_lines
-from comparison.results import check_folder, take_runs
+from comparison.queue import SCRIPTS, Run, run_all
+from comparison.runs import check_folder, take_runs
 from comparison.tuning import choose, plan_trials
-from run_queue import SCRIPTS, Run, run_all, sole_user
+from reporting.folder import sole_user
 
 # A stand-in for a training script: writes its arguments as results, or fails.
 SCRIPT = """
@@ -67,7 +69,7 @@ def test_finished_runs_are_not_repeated_and_killed_ones_start_anew(script, tmp_p
 def test_ending_the_comparison_ends_its_runs(script, tmp_path):
     code = (
         f"import sys; sys.path.insert(0, {str(SCRIPTS)!r})\n"
-        "from pathlib import Path\nfrom run_queue import Run, run_all\n"
+        "from pathlib import Path\nfrom comparison.queue import Run, run_all\n"
         f"run = Run('t', 'a', 1, {script!r}, ('--value', '1', '--sleep', '60'), Path({str(tmp_path / 'r')!r}))\n"
         "run_all([run], 1, lambda run: '')"
     )
@@ -101,7 +103,7 @@ def test_the_run_of_a_comparison_that_was_killed_is_ended_before_it_starts_anew(
 def test_a_folder_is_used_by_one_process_at_a_time(tmp_path):
     with sole_user(tmp_path):
         code = f"import sys; sys.path.insert(0, {str(SCRIPTS)!r})\nfrom pathlib import Path\n"
-        code += f"from run_queue import sole_user\nwith sole_user(Path({str(tmp_path)!r})): print('in')"
+        code += f"from reporting.folder import sole_user\nwith sole_user(Path({str(tmp_path)!r})): print('in')"
         other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert "another process is at work" in other.stderr and not other.stdout
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "in\n"
@@ -114,7 +116,7 @@ def test_several_gpus_are_divided_among_the_runs(tmp_path, monkeypatch):
             '{"eval_f1": float(args["--value"])', '{"gpu": __import__("os").environ["CUDA_VISIBLE_DEVICES"]'
         )
     )
-    monkeypatch.setattr("run_queue.visible_gpus", lambda: ["3", "5"])
+    monkeypatch.setattr("comparison.queue.visible_gpus", lambda: ["3", "5"])
     runs = [make_run(str(path), tmp_path / "runs", seed, "--sleep", "1") for seed in range(4)]
     assert run_all(runs, 2, lambda run: "") == {}
     assert sorted(run.results()["gpu"] for run in runs) == ["3", "3", "5", "5"]
@@ -478,7 +480,7 @@ def stub(tmp_path, monkeypatch):
     """compare.py with a stand-in for run_ner.py."""
     (tmp_path / "scripts").mkdir()
     (tmp_path / "scripts" / "run_ner.py").write_text(REAL)
-    monkeypatch.setattr("run_queue.SCRIPTS", tmp_path / "scripts")
+    monkeypatch.setattr("comparison.queue.SCRIPTS", tmp_path / "scripts")
     return ["--script", "run_ner.py", "--metric", "eval_f1", "--output_dir", str(tmp_path / "out"), "--jobs", "2"]
 
 

@@ -5,11 +5,12 @@ import itertools
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from comparison.curves import plot_alphas, plot_curves
-from comparison.plots import pareto_front, plot_all, plot_gains, plot_pareto
-from comparison.rows import make_report
-from comparison.style import DPI, GREYS, fullest, place_labels, save, styles
 from PIL import Image, ImageColor
+
+from comparison.curves import plot_alphas, plot_curves
+from comparison.figures import make_report
+from comparison.plots import pareto_front, plot_all, plot_gains, plot_pareto
+from reporting.style import DPI, GREYS, fullest, place_labels, save, styles
 from support.comparison_data import ARMS, METRICS, make_choices, make_runs
 
 

@@ -6,10 +6,11 @@ import math
 from pathlib import Path
 
 import pytest
-from comparison.report import as_json, markdown, terminal_table
-from comparison.rows import make_report
-from comparison.statistics import bootstrap_interval
 from rich.console import Console
+
+from comparison.figures import make_report
+from comparison.report import as_json, markdown, terminal_table
+from comparison.statistics import bootstrap_interval
 from support.comparison_data import ARMS, METRICS, make_choices, make_run, make_runs
 
 

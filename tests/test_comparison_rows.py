@@ -3,8 +3,9 @@
 import math
 
 import pytest
+
 from comparison.cost import MIN_EXTRA_COST, Cost, gain_per_cost
-from comparison.rows import AVERAGE, make_report, points, trial_scores
+from comparison.figures import AVERAGE, make_report, points, trial_scores
 from comparison.tables import summary, task_table
 from support.comparison_data import ARMS, METRICS, make_run, make_runs
 

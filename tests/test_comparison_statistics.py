@@ -6,6 +6,8 @@ import warnings
 
 import numpy as np
 import pytest
+from scipy import stats
+
 from comparison.statistics import (
     bootstrap_interval,
     difference,
@@ -15,7 +17,6 @@ from comparison.statistics import (
     spread_ratio,
     with_holm,
 )
-from scipy import stats
 
 
 def exact_bca(values, level=0.95):

@@ -9,8 +9,6 @@ import weakref
 import pytest
 import torch
 from sklearn.metrics import f1_score
-from support.reference import naive_bernoulli_kl, naive_cross_entropy, naive_softmax, naive_symmetric_kl, pairs
-from support.training import HEADS, VOCAB, make_collator, make_model, make_rows
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -21,6 +19,8 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from hf_rdrop import measure_consistency
 from hf_rdrop.heads import Head
 from hf_rdrop.pass_sums import PassSums
+from support.reference import naive_bernoulli_kl, naive_cross_entropy, naive_softmax, naive_symmetric_kl, pairs
+from support.training import HEADS, VOCAB, make_collator, make_model, make_rows
 
 
 def load(head, model, rows=13, batch_size=5):

@@ -3,14 +3,15 @@
 import json
 import math
 
-import common
-import consistency
-import consistency_report
 import pytest
+from PIL import Image
+
+import consistency
 import run_glue
 import run_ner
 import run_translation
-from PIL import Image
+from finetuning.run import without_folders
+from reporting.consistency import choose_score, markdown_table, plot
 from support import script_data as made
 
 ARGUMENTS = [
@@ -167,15 +168,15 @@ def test_plot_of_several_validation_sets(tmp_path, trained, monkeypatch):
     measured["scores"] = {"loss": score, "pearson": score}
     models = {name: {"matched": measured, "mismatched": measured} for name in "abcdefgh"}
     figures = []
-    monkeypatch.setattr(consistency_report, "save", lambda figure, path: figures.append(figure))
-    consistency_report.plot(models, consistency_report.choose_score(models["a"], None), tmp_path / "x.png")
+    monkeypatch.setattr("reporting.consistency.save", lambda figure, path: figures.append(figure))
+    plot(models, choose_score(models["a"], None), tmp_path / "x.png")
     axes = figures[0].axes
     titles = [axis.get_title() for axis in axes]
     assert len(axes) == 6 and titles[1] == "pearson (matched)" and titles[3] == "loss (mismatched)"
     # of each model the ensembles, the mean of sub-models and, in panels of scores, dropout off
     assert [len(axis.lines) for axis in axes[:3]] == [24, 24, 16]
     assert [list(line.get_ydata()) for line in axes[2].lines[:2]] == [[0.1, 0.1], [0.1, 0.05]]
-    table = consistency_report.markdown_table(models, "pearson")
+    table = markdown_table(models, "pearson")
     assert "KL" not in table and titles[2] == "squared difference to dropout off (matched)"
     assert table.count("\n| a |") == 2 and "Data: mismatched" in table
 
@@ -208,7 +209,7 @@ def test_results_can_be_shown_without_the_folders_of_this_machine(tmp_path):
     (tmp_path / "dev.csv").touch()
     given = ["--task_name", "mrpc", f"--validation_file={tmp_path / 'dev.csv'}", str(tmp_path / "dev.csv"), "--bf16"]
     shown = ["--task_name", "mrpc", "--validation_file=dev.csv", "dev.csv", "--bf16"]
-    assert [common.without_folders(argument) for argument in given] == shown
+    assert [without_folders(argument) for argument in given] == shown
 
 
 def test_same_name_twice_and_folders_of_others(tmp_path, trained):

@@ -4,6 +4,7 @@ import importlib.util
 
 import pytest
 import torch
+
 from support.deepspeed_worker import CASES
 from support.distributed_worker import make_any_model, run
 from support.processes import launch, launcher

@@ -9,15 +9,16 @@ import pytest
 pytest.importorskip("datasets", reason="the scripts need the scripts extra")
 
 import demo_data
-from demo_grammars import InventedLanguage, english_verb
+from demo import corpora
+from demo.grammars import InventedLanguage, english_verb
 
-HEADS = list(demo_data.SIZES)
+HEADS = list(corpora.SIZES)
 TYPES = {"PER", "LOC", "ORG"}
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    return demo_data.write_demo_data(tmp_path_factory.mktemp("demo"), seed=0)
+    return corpora.write_demo_data(tmp_path_factory.mktemp("demo"), seed=0)
 
 
 def rows(path):
@@ -45,8 +46,8 @@ def entities(tags):
 
 
 def test_same_seed_same_bytes(written, tmp_path):
-    again = demo_data.write_demo_data(tmp_path / "again", seed=0)
-    other = demo_data.write_demo_data(tmp_path / "other", seed=1)
+    again = corpora.write_demo_data(tmp_path / "again", seed=0)
+    other = corpora.write_demo_data(tmp_path / "other", seed=1)
     for head in HEADS:
         for split in ("train", "validation"):
             assert again[head][split].read_bytes() == written[head][split].read_bytes()
@@ -56,21 +57,21 @@ def test_same_seed_same_bytes(written, tmp_path):
 def test_the_callers_random_state_is_left_alone():
     random.seed(0)
     before = random.getstate()
-    demo_data.corpus("ner", seed=0)
+    corpora.corpus("ner", seed=0)
     assert random.getstate() == before
 
 
 @pytest.mark.parametrize("head", HEADS)
 def test_sizes_and_no_overlap(written, head):
     train, validation = ([source(row) for row in rows(written[head][split])] for split in ("train", "validation"))
-    assert (len(train), len(validation)) == demo_data.SIZES[head]
+    assert (len(train), len(validation)) == corpora.SIZES[head]
     assert not set(train) & set(validation)
     assert len(set(train)) == len(train)
 
 
 @pytest.mark.parametrize("head", HEADS)
 def test_validation_set_holds_no_noise(head):
-    assert demo_data.corpus(head, 0)["validation"] == demo_data.corpus(head, 0, noise=False)["validation"]
+    assert corpora.corpus(head, 0)["validation"] == corpora.corpus(head, 0, noise=False)["validation"]
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -84,11 +85,11 @@ def test_most_words_are_rare(written, head):
 def test_labels_are_balanced_and_flipped_at_the_stated_rate(written):
     train, clean = (
         rows(written["classification"]["train"]),
-        demo_data.corpus("classification", 0, noise=False)["train"],
+        corpora.corpus("classification", 0, noise=False)["train"],
     )
     assert [row["sentence"] for row in train] == [row["sentence"] for row in clean]
     flipped = sum(row["label"] != true["label"] for row, true in zip(train, clean, strict=True))
-    assert flipped == demo_data.NOISE["classification"] * len(train)
+    assert flipped == corpora.NOISE["classification"] * len(train)
     for split in ("train", "validation"):
         labels = [row["label"] for row in rows(written["classification"][split])]
         assert 0.45 < sum(labels) / len(labels) < 0.55
@@ -98,7 +99,7 @@ def test_reviews_say_what_their_label_says():
     """Read back without the generator: the last word of a plain sentence, and whether it is denied."""
     good, bad = {"good", "great", "lovely"}, {"bad", "dull", "awful"}
     checked = 0
-    for row in demo_data.corpus("classification", 0, noise=False)["train"]:
+    for row in corpora.corpus("classification", 0, noise=False)["train"]:
         text = row["sentence"]
         if any(word in text.split() for word in ("but", "although", ",", "and")):
             continue
@@ -121,14 +122,14 @@ def test_tags_are_iob2_and_balanced(written):
 
 
 def test_entities_are_spoilt_at_the_stated_rate(written):
-    train, clean = rows(written["ner"]["train"]), demo_data.corpus("ner", 0, noise=False)["train"]
+    train, clean = rows(written["ner"]["train"]), corpora.corpus("ner", 0, noise=False)["train"]
     total = wrong = 0
     for row, true in zip(train, clean, strict=True):
         assert row["tokens"] == true["tokens"]
         for entity in entities(true["ner_tags"]):
             total += 1
             wrong += entity not in entities(row["ner_tags"])
-    assert wrong == round(demo_data.NOISE["ner"] * total)
+    assert wrong == round(corpora.NOISE["ner"] * total)
 
 
 def test_validation_has_names_that_training_lacks(written):
@@ -146,11 +147,11 @@ def test_validation_has_names_that_training_lacks(written):
 
 
 def test_translations_are_wrong_at_the_stated_rate(written):
-    train, clean = rows(written["translation"]["train"]), demo_data.corpus("translation", 0, noise=False)["train"]
+    train, clean = rows(written["translation"]["train"]), corpora.corpus("translation", 0, noise=False)["train"]
     pairs = [(row["translation"], true["translation"]) for row, true in zip(train, clean, strict=True)]
     assert all(row["en"] == true["en"] for row, true in pairs)
     wrong = [(row["xx"].split(), true["xx"].split()) for row, true in pairs if row["xx"] != true["xx"]]
-    assert len(wrong) == demo_data.NOISE["translation"] * len(train)
+    assert len(wrong) == corpora.NOISE["translation"] * len(train)
     assert all(sum(a != b for a, b in zip(row, true, strict=True)) == 1 for row, true in wrong)
 
 

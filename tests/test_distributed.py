@@ -5,11 +5,11 @@ from itertools import chain
 
 import pytest
 import torch
+
+from hf_rdrop.dropout import draw_own_masks
 from support.distributed_worker import DDP_OPTIONS, PARTS, R_DROP, UNEVEN, run
 from support.processes import assert_same, launch
 from support.training import InOrder
-
-from hf_rdrop.dropout import draw_own_masks
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,10 @@
 """The README's picture is drawn by its script."""
 
-import draw_overview
 import numpy as np
 import pytest
 from PIL import Image
+
+import draw_overview
 from support import ROOT
 
 COMMITTED = ROOT / "model_cards" / "overview.png"

@@ -5,6 +5,7 @@ from functools import cache
 
 import pytest
 from accelerate.utils import FullyShardedDataParallelPlugin
+
 from support.distributed_worker import make_any_model, run
 from support.fsdp_worker import PARTS
 from support.processes import assert_same, launch, launcher

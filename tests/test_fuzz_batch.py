@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.fuzzing import cases, normal, subset
 from torch import Tensor
 from transformers import (
     AutoModelForSequenceClassification,
@@ -26,6 +25,7 @@ from transformers import (
 from hf_rdrop.batch import first_rows, get_batch_size, map_tensors, repeat_batch, stack_passes
 from hf_rdrop.heads import find_logits, resolve_head, valid_items
 from hf_rdrop.trunk import SharedTrunk
+from support.fuzzing import cases, normal, subset
 
 Pair = collections.namedtuple("Pair", "key value")
 

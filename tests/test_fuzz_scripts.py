@@ -20,15 +20,16 @@ from pathlib import Path
 from random import Random
 from types import SimpleNamespace
 
-import common
 import pytest
+from transformers import AutoConfig, AutoTokenizer
+
 import run_glue
 import run_ner
 import run_translation
+from finetuning.run import cli, parse_arguments
 from support import corrupt_data
 from support import script_data as made
 from support.fuzzing import FACTOR
-from transformers import AutoConfig, AutoTokenizer
 
 CASES = 40  # of each set-up by default
 FLAT = [".csv", ".tsv", ".json", ".jsonl", ".jsonl.gz", ".csv.gz"]
@@ -115,7 +116,7 @@ def outcome(main, seconds=60):
     kept = []
     with contextlib.redirect_stderr(errors), time_limit(seconds):
         try:
-            common.cli(lambda: kept.append(main()))
+            cli(lambda: kept.append(main()))
         except SystemExit as stop:
             assert stop.code == 2
             (message,) = [line for line in errors.getvalue().split("\n") if line.startswith("error")]
@@ -196,7 +197,7 @@ class Bench:
     def arguments_of(self, argv, monkeypatch):
         found = []
         with monkeypatch.context() as patch:
-            parse = common.parse_arguments
+            parse = parse_arguments
             patch.setattr(self.script, "parse_arguments", lambda *given: found.extend(parse(*given)) or 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 self.script.main(argv)

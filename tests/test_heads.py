@@ -7,9 +7,6 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from support.head_models import ANSWERS, SIZES, TOKENS, build, rates, rows_of
-from support.reference import torch_reference
-from support.training import InOrder, make_model, make_rows, step_logs
 from torch import nn
 from transformers import (
     BertConfig,
@@ -24,6 +21,9 @@ from transformers import (
 from hf_rdrop import RDropTrainer, RDropTrainingArguments, measure_consistency
 from hf_rdrop.batch import repeat_batch
 from hf_rdrop.heads import find_labels, find_logits
+from support.head_models import ANSWERS, SIZES, TOKENS, build, rates, rows_of
+from support.reference import torch_reference
+from support.training import InOrder, make_model, make_rows, step_logs
 
 TINY = 1e-9  # a dropout rate that makes a model stochastic on paper and never drops anything
 

@@ -13,6 +13,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+
 from support.hub_server import Hub, run_program, use_hub
 
 WEIGHTS = os.urandom(300_000)

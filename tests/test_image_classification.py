@@ -3,22 +3,22 @@
 import json
 import shutil
 
-import common
-import consistency
-import data_files
 import datasets
-import image_data
-import image_processing
-import init_model
 import numpy as np
 import pytest
-import run_image_classification
-import sweep
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 from transformers import ViTForImageClassification, ViTImageProcessorPil
+
+import consistency
+import init_model
+import run_image_classification
+import sweep
+from finetuning.run import cli
+from tasks import image_processing
+from tasks.images import read_digits, read_folder
 
 COLOURS = {"blue": (30, 40, 200), "green": (20, 180, 40), "red": (210, 30, 20)}
 QUICK = ["--use_cpu", "--report_to=none", "--disable_tqdm=true", "--logging_steps=1", "--save_strategy=no"]
@@ -94,7 +94,7 @@ def test_digits_are_learnt(grey, tmp_path, alpha):
 
     # The saved folder is all that is needed to predict as the script did.
     processor = ViTImageProcessorPil.from_pretrained(tmp_path / "out")
-    images, classes, _ = image_data.read_digits("validation")
+    images, classes, _ = read_digits("validation")
     with torch.no_grad():
         found = model.eval()(**processor(images, return_tensors="pt")).logits.argmax(-1)
     assert float((found == torch.tensor(classes)).double().mean()) == pytest.approx(metrics["eval_accuracy"])
@@ -137,7 +137,7 @@ def stand_in(monkeypatch, **columns):
     split = datasets.Dataset.from_dict(
         table, features=datasets.Features({n: f for n, f in features.items() if n in table})
     )
-    monkeypatch.setattr(data_files.datasets, "load_dataset", lambda *args, **kwargs: {"train": split, "test": split})
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: {"train": split, "test": split})
 
 
 HUB = ("--dataset_name=some/images", "--image_column_name=img", "--label_column_name=fine")
@@ -170,7 +170,7 @@ def test_label_noise_changes_training_targets_only(grey, tmp_path, monkeypatch):
     monkeypatch.setattr(run_image_classification, "PreparedImages", Recorder)
     more = ("--digits", "--max_train_samples=50", "--max_eval_samples=40", "--max_steps=1", "--label_noise=0.2")
     run(tmp_path / "out", grey, *more)
-    clean = {50: image_data.read_digits("train")[1][:50], 40: image_data.read_digits("validation")[1][:40]}
+    clean = {50: read_digits("train")[1][:50], 40: read_digits("validation")[1][:40]}
     assert sum(a != b for a, b in zip(seen[50], clean[50], strict=True)) == 10
     assert seen[40] == clean[40]
 
@@ -211,7 +211,7 @@ def test_sweep_takes_the_script(grey, tmp_path):
 
 def test_the_digits_are_scikit_learns():
     digits = load_digits()
-    parts = [image_data.read_digits(split) for split in ("train", "validation")]
+    parts = [read_digits(split) for split in ("train", "validation")]
     assert [len(part[0]) for part in parts] == [1195, 602]
     shares = [np.bincount(part[1]) for part in parts]
     assert (abs(shares[0] - 2 * shares[1]) <= 2).all()  # each class by the same share
@@ -228,7 +228,7 @@ def test_the_digits_are_scikit_learns():
 
 def test_writers_of_the_validation_digits_are_others():
     """Neighbours are of one writer: a split at random is easier than ours, which goes by the order."""
-    (train, y, _), (validation, z, _) = (image_data.read_digits(split) for split in ("train", "validation"))
+    (train, y, _), (validation, z, _) = (read_digits(split) for split in ("train", "validation"))
     x, v = (np.array([np.asarray(image).ravel() for image in part], float) for part in (train, validation))
     ours = KNeighborsClassifier(1).fit(x, y).score(v, z)
     everything, classes = np.concatenate([x, v]), np.array([*y, *z])
@@ -268,7 +268,7 @@ def refused(folder, capsys, *argv):
     """The one message with which the script ends, before anything is written."""
     steps = () if any(str(argument).startswith("--do_") for argument in argv) else ("--do_train", "--do_eval")
     with pytest.raises(SystemExit) as stop:
-        common.cli(
+        cli(
             lambda: run_image_classification.main(
                 [f"--output_dir={folder / 'out'}", *steps, *QUICK, "--max_steps=1", *map(str, argv)]
             )
@@ -369,7 +369,7 @@ def test_other_files_are_reported_and_left_out(pictures, tmp_path, caplog):
     shutil.copytree(pictures / "train", tmp_path / "train")
     (tmp_path / "train" / "red" / "notes.txt").write_text("about")
     (tmp_path / "train" / "red" / ".hidden.png").write_text("about")
-    files, classes = image_data.read_folder(str(tmp_path / "train"), needs_classes=True)
+    files, classes = read_folder(str(tmp_path / "train"), needs_classes=True)
     assert len(files) == len(classes) == 36 and "notes.txt" in caplog.text and ".hidden" not in caplog.text
 
 

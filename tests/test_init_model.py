@@ -13,7 +13,6 @@ import torch
 
 pytest.importorskip("datasets", reason="the scripts need the scripts extra")
 
-import init_model
 import numpy as np
 from PIL import Image
 from transformers import (
@@ -26,6 +25,9 @@ from transformers import (
     ViTForImageClassification,
     ViTImageProcessorPil,
 )
+
+import init_model
+from from_scratch.model import read_texts
 
 SCRIPT = Path(init_model.__file__)
 SENTENCES = [
@@ -234,10 +236,10 @@ def test_eight_pairs_are_learnt_by_heart(translator):
 
 def test_every_kind_of_file_gives_the_same_texts(files):
     expected = SENTENCES
-    assert list(init_model.read_texts(str(files / "plain.txt"), None)) == expected
-    assert list(init_model.read_texts(str(files / "table.csv"), ["sentence"])) == expected
-    assert list(init_model.read_texts(str(files / "pairs.jsonl.gz"), ["translation.en"])) == expected
-    assert list(init_model.read_texts(str(files / "words.json"), ["tokens"])) == expected
+    assert list(read_texts(str(files / "plain.txt"), None)) == expected
+    assert list(read_texts(str(files / "table.csv"), ["sentence"])) == expected
+    assert list(read_texts(str(files / "pairs.jsonl.gz"), ["translation.en"])) == expected
+    assert list(read_texts(str(files / "words.json"), ["tokens"])) == expected
 
 
 def test_the_seed_decides_the_weights(files, encoder, tmp_path):

@@ -13,9 +13,6 @@ import transformers
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from PIL import Image
-from support import ROOT
-from support.head_models import build, rows_of
-from support.training import HEADS, make_model, make_rows, train
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     ASTFeatureExtractor,
@@ -37,6 +34,9 @@ from hf_rdrop.card_logs import MAX_ROWS, curves_part, last_evaluation
 from hf_rdrop.card_text import inline, is_hub_id, number, public, table
 from hf_rdrop.consistency import Score
 from hf_rdrop.model_card import PLOT
+from support import ROOT
+from support.head_models import build, rows_of
+from support.training import HEADS, make_model, make_rows, train
 
 SHORT = ROOT / "model_cards" / "reference" / "short"
 MORE = ("question", "choice", "image", "audio")  # heads of head_models.py

@@ -5,11 +5,17 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+from huggingface_hub import HfApi
+from torch.utils.data import DataLoader
+from transformers import default_data_collator
+
 import benchmark
 import compare
 import consistency
+import hf_rdrop
 import init_model
-import pytest
 import run_clm
 import run_contrastive
 import run_glue
@@ -17,18 +23,12 @@ import run_image_classification
 import run_ner
 import run_translation
 import sweep
-import torch
-from common import parse_arguments
 from comparison.config import parse
 from comparison.tuning import choose, plan_trials
-from huggingface_hub import HfApi
+from finetuning.run import parse_arguments
 from support import ROOT
 from support.hub_server import Hub, run_program, use_hub
 from support.training import make_model, make_rows
-from torch.utils.data import DataLoader
-from transformers import default_data_collator
-
-import hf_rdrop
 
 README = (ROOT / "README.md").read_text("utf-8")
 CONFIGURATIONS = sorted((ROOT / "model_cards" / "reference").glob("*.yaml"))

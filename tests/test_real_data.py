@@ -5,12 +5,13 @@ import json
 import math
 from pathlib import Path
 
-import init_model
 import pytest
+
+import init_model
 import run_glue
 import run_ner
 import run_translation
-from data_files import read_table
+from finetuning.files import read_table
 from support import ROOT
 
 pytestmark = pytest.mark.slow

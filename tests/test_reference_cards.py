@@ -5,14 +5,15 @@ import re
 import shlex
 
 import pytest
+from huggingface_hub import ModelCard
+
 import reference_cards
 import run_glue
-from common import parse_arguments
+from comparison.cards import in_words, options_of
 from comparison.config import parse as parse_comparison
+from comparison.figures import make_report
 from comparison.report import as_json
-from comparison.rows import make_report
-from huggingface_hub import ModelCard
-from reference_card_parts import in_words, options_of
+from finetuning.run import parse_arguments
 from support import ROOT
 from support.comparison_data import ARMS, METRICS, make_choices, make_run, make_runs
 

@@ -7,20 +7,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-import common
-import contrastive_data
-import contrastive_training
-import data_files
 import datasets
 import pytest
-import run_contrastive
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from scipy import stats
+from transformers import AutoModel, AutoTokenizer, GPT2Config, GPT2Model, set_seed
+
+import run_contrastive
+from finetuning.run import cli
 from support import script_data as made
 from support.hub_server import Hub, use_hub
-from transformers import AutoModel, AutoTokenizer, GPT2Config, GPT2Model, set_seed
+from tasks.embeddings import ContrastiveArguments, load_sentences
+from tasks.embeddings_trainer import ContrastiveTrainer
 
 QUICK = ["--use_cpu", "--disable_tqdm=true", "--logging_steps=1", "--learning_rate=1e-3", "--save_strategy=no"]
 BATCH = 4
@@ -114,14 +114,14 @@ def test_correlations_before_and_after_are_those_by_hand(tmp_path, models, model
 def test_the_loss_is_simcses_over_the_model_in_training(tmp_path, models, monkeypatch, head):
     """Each logged loss is that of the two halves of one forward, computed by loops; and the halves differ."""
     seen = []
-    compute_loss = contrastive_training.ContrastiveTrainer.compute_loss
+    compute_loss = ContrastiveTrainer.compute_loss
 
     def remember(self, *args, **kwargs):
         loss, outputs = compute_loss(self, *args, **{**kwargs, "return_outputs": True})
         seen.append(outputs["embeddings"].detach().double())
         return loss
 
-    monkeypatch.setattr(contrastive_training.ContrastiveTrainer, "compute_loss", remember)
+    monkeypatch.setattr(ContrastiveTrainer, "compute_loss", remember)
     more = ["--max_steps=3", "--temperature=0.2", *(["--mlp_head"] if head else [])]
     run_contrastive.main(arguments(tmp_path, models["encoder"], *more))
     assert len(seen) == len(losses(tmp_path)) == 3
@@ -149,13 +149,13 @@ def test_training_lowers_the_loss_and_moves_the_weights(tmp_path, models):
 
 def test_accumulated_gradients_are_the_mean_over_micro_batches(tmp_path, models, monkeypatch):
     seen = []
-    compute_loss = contrastive_training.ContrastiveTrainer.compute_loss
+    compute_loss = ContrastiveTrainer.compute_loss
 
     def remember(self, model, inputs, **kwargs):
         seen.append({name: tensor.clone() for name, tensor in inputs.items()})
         return compute_loss(self, model, inputs, **kwargs)
 
-    monkeypatch.setattr(contrastive_training.ContrastiveTrainer, "compute_loss", remember)
+    monkeypatch.setattr(ContrastiveTrainer, "compute_loss", remember)
     more = ["--max_steps=1", "--dropout=1e-9", "--gradient_accumulation_steps=3"]  # so little that nothing is dropped
     run_contrastive.main(arguments(tmp_path, models["encoder"], *more, steps="do_train"))
     logged = read(tmp_path, "trainer_state.json")["log_history"][0]
@@ -286,14 +286,14 @@ def test_sentences_from_each_kind_of_file(tmp_path, name, column, others):
     else:
         file.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     options = {"text_column": column} if column == "asked" else {}
-    data_args = contrastive_data.ContrastiveArguments(train_file=str(file), max_train_samples=5, **options)
-    assert contrastive_data.load_sentences(data_args, None).to_dict() == {"text": texts[:5]}
+    data_args = ContrastiveArguments(train_file=str(file), max_train_samples=5, **options)
+    assert load_sentences(data_args, None).to_dict() == {"text": texts[:5]}
 
 
 def test_a_data_set_of_the_hub_gives_both_splits(tmp_path, models, monkeypatch):
     rows = datasets.Dataset.from_list([{"text": text} for text, _ in made.sentences(9, 0)])
     sts = datasets.Dataset.from_list(pairs())
-    monkeypatch.setattr(data_files.datasets, "load_dataset", lambda *a, **k: {"train": rows, "validation": sts})
+    monkeypatch.setattr("datasets.load_dataset", lambda *a, **k: {"train": rows, "validation": sts})
     argv = arguments(tmp_path, models["encoder"], "--dataset_name=owner/sentences", "--max_steps=1")
     returned = run_contrastive.main([item for item in argv if not item.startswith(("--train_file", "--validation"))])
     assert returned["train_samples"] == 9 and returned["eval_samples"] == 11
@@ -317,7 +317,7 @@ def test_scores_may_be_text_or_whole_numbers_of_any_column(tmp_path, models):
 def refused(folder, capsys, model, *more, **kwargs):
     """The one message of a run that ends before it began, with nothing on disk."""
     with pytest.raises(SystemExit) as stop:
-        common.cli(lambda: run_contrastive.main(arguments(folder, model, "--max_steps=1", *more, **kwargs)))
+        cli(lambda: run_contrastive.main(arguments(folder, model, "--max_steps=1", *more, **kwargs)))
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert stop.value.code == 2 and len(errors) == 1
     assert not (folder / "out").exists()

@@ -8,22 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import common
-import data_files
 import datasets
-import glue_data
-import ner_data
 import pytest
-import run_glue
-import run_glue_no_trainer
-import run_ner
-import run_translation
 import torch
-import translation_data
 from safetensors.torch import load_file, save_file
-from support import ROOT
-from support import script_data as made
-from support.script_runs import QUICK, arguments, assert_same_weights, classification, logged, read, write_splits
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoTokenizer,
@@ -33,7 +21,20 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-SCRIPTS = Path(common.__file__).parent
+import run_glue
+import run_glue_no_trainer
+import run_ner
+import run_translation
+from finetuning.data import DataArguments
+from finetuning.labels import Labels
+from finetuning.run import find_checkpoint
+from support import ROOT
+from support import script_data as made
+from support.script_runs import QUICK, arguments, assert_same_weights, classification, logged, read, write_splits
+from tasks import tagging, translation
+from tasks.classification import flip_labels, tokenize
+
+SCRIPTS = ROOT / "scripts"
 RESULTS = ("train_results.json", "eval_results.json", "predict_results.json", "all_results.json")
 GROUPING = ["--train_sampling_strategy", "group_by_length"]
 
@@ -81,14 +82,14 @@ def test_glue_with_own_files(tmp_path, encoder, kind, name, metrics, num_labels,
 def test_part_of_the_training_rows_for_validation():
     rows = datasets.Dataset.from_dict({"row": list(range(100))})
     splits = {"train": rows, "test": rows}
-    chosen = data_files.DataArguments(validation_from_train=0.2, max_train_samples=50).choose_rows(splits)
+    chosen = DataArguments(validation_from_train=0.2, max_train_samples=50).choose_rows(splits)
     train, validation = (list(chosen[split]["row"]) for split in ("train", "validation"))
     assert (len(train), len(validation)) == (40, 10) and sorted(train + validation) == list(range(50))
-    again = data_files.DataArguments(validation_from_train=0.2, max_train_samples=50).choose_rows(splits)
+    again = DataArguments(validation_from_train=0.2, max_train_samples=50).choose_rows(splits)
     assert list(again["validation"]["row"]) == validation and len(chosen["test"]) == 100
-    drawn = data_files.DataArguments(max_train_samples=50, sample_seed=1).choose_rows(splits)["train"]["row"]
+    drawn = DataArguments(max_train_samples=50, sample_seed=1).choose_rows(splits)["train"]["row"]
     assert len(set(drawn)) == 50 and max(drawn) > 60
-    assert list(data_files.DataArguments(max_train_samples=50, sample_seed=1).choose_rows(splits)["train"]["row"]) == (
+    assert list(DataArguments(max_train_samples=50, sample_seed=1).choose_rows(splits)["train"]["row"]) == (
         list(drawn)
     )
 
@@ -109,13 +110,13 @@ def test_validation_from_train_needs_no_validation_file(tmp_path, encoder, seq2s
 
 
 def test_label_noise_gives_other_classes_to_training_rows_only(tmp_path, encoder, monkeypatch):
-    labels = glue_data.Labels("single_label_classification", ["a", "b", "c"])
+    labels = Labels("single_label_classification", ["a", "b", "c"])
     clean = [0, 1, 2] * 100
-    noisy = glue_data.flip_labels(clean, labels, 0.2, seed=3)
+    noisy = flip_labels(clean, labels, 0.2, seed=3)
     changed = [(a, b) for a, b in zip(clean, noisy, strict=True) if a != b]
     assert len(changed) == 60 and len(set(changed)) == 6  # each class becomes each of the others
-    assert noisy == glue_data.flip_labels(clean, labels, 0.2, seed=3) != glue_data.flip_labels(clean, labels, 0.2, 4)
-    assert glue_data.flip_labels(clean, labels, 1.0, seed=0) != clean
+    assert noisy == flip_labels(clean, labels, 0.2, seed=3) != flip_labels(clean, labels, 0.2, 4)
+    assert flip_labels(clean, labels, 1.0, seed=0) != clean
 
     seen = {}
 
@@ -123,7 +124,6 @@ def test_label_noise_gives_other_classes_to_training_rows_only(tmp_path, encoder
         seen[split] = targets
         return tokenize(dataset, split, tokenizer, columns, targets, data_args)
 
-    tokenize = glue_data.tokenize
     monkeypatch.setattr(run_glue, "tokenize", remember)
     files = write_splits(tmp_path, classification("names"))
     for folder, noise in (("clean", 0), ("noisy", 0.5)):
@@ -176,7 +176,7 @@ def glue_stand_in(calls, test_label=-1):
 
 def test_mnli_from_the_hub_has_two_validation_sets(tmp_path, encoder, monkeypatch):
     calls = []
-    monkeypatch.setattr(data_files.datasets, "load_dataset", glue_stand_in(calls))
+    monkeypatch.setattr("datasets.load_dataset", glue_stand_in(calls))
     returned = run_glue.main(arguments(tmp_path, [], encoder, "--task_name", "MNLI"))
     assert calls == [("nyu-mll/glue", "mnli")]
     assert returned["eval_samples"] == 10 and returned["eval_samples_mm"] == 11
@@ -308,14 +308,14 @@ def test_ner(tmp_path, encoder, alpha, caplog):
 def test_ner_labels_each_word_once_for_evaluation(tmp_path, encoder):
     """Words of several tokens count once, also when all their tokens are trained on."""
     rows = datasets.Dataset.from_list([{"tokens": ["anna", "zoo", "is"], "ner_tags": ["O", "B-place", "O"]}])
-    data_args = ner_data.NerArguments(train_file="x", label_all_tokens=True, max_seq_length=20)
-    labels = ner_data.Labels("single_label_classification", ["B-place", "I-place", "O"])
+    data_args = tagging.NerArguments(train_file="x", label_all_tokens=True, max_seq_length=20)
+    labels = Labels("single_label_classification", ["B-place", "I-place", "O"])
     tokenizer = made.make_tokenizer()
-    targets = ner_data.read_targets(rows, "train", labels, data_args)
-    train, first = ner_data.tokenize(rows, "train", tokenizer, labels, targets, data_args)
+    targets = tagging.read_targets(rows, "train", labels, data_args)
+    train, first = tagging.tokenize(rows, "train", tokenizer, labels, targets, data_args)
     assert list(train["labels"]) == [[-100, 2, 0, 1, 1, 2, -100]]  # [CLS] anna z ##o ##o is [SEP]
     assert first == [[-1, 0, 1, -1, -1, 2, -1]]
-    evaluation, _ = ner_data.tokenize(rows, "validation", tokenizer, labels, targets, data_args)
+    evaluation, _ = tagging.tokenize(rows, "validation", tokenizer, labels, targets, data_args)
     assert list(evaluation["labels"]) == [[-100, 2, 0, -100, -100, 2, -100]]
 
 
@@ -328,9 +328,9 @@ def test_byte_level_tokenizer_sees_the_blank_before_each_word():
     names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
     rows = datasets.Dataset.from_list([{"tokens": ["an", "ana"], "ner_tags": ["A", "B"]}])
-    data_args = ner_data.NerArguments(train_file="x", max_seq_length=20)
-    labels = ner_data.Labels("single_label_classification", ["A", "B"])
-    encoded, first = ner_data.tokenize(rows, "train", tokenizer, labels, [[0, 1]], data_args)
+    data_args = tagging.NerArguments(train_file="x", max_seq_length=20)
+    labels = Labels("single_label_classification", ["A", "B"])
+    encoded, first = tagging.tokenize(rows, "train", tokenizer, labels, [[0, 1]], data_args)
     assert tokenizer.convert_ids_to_tokens(encoded["input_ids"][0]) == ["Ġan", "Ġan", "a"]
     assert first == [[0, 1, -1]] and list(encoded["labels"]) == [[0, 1, -100]]
 
@@ -348,7 +348,7 @@ def test_pos_tags_from_the_hub(tmp_path, encoder, monkeypatch):
         return datasets.Dataset.from_list(rows, features=datasets.Features(feature))
 
     stand_in = {"train": split(20), "validation": split(8), "test": split(5)}
-    monkeypatch.setattr(data_files.datasets, "load_dataset", lambda *args, **kwargs: stand_in)
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: stand_in)
     more = ("--dataset_name", "some/corpus", "--task_name", "pos")
     returned = run_ner.main(arguments(tmp_path, [], encoder, *more))
     assert "eval_accuracy" in returned and "eval_f1" not in returned
@@ -396,7 +396,7 @@ def test_bleu_is_against_the_references_as_written(tmp_path, seq2seq, monkeypatc
     for file in files[1:]:
         made.write(Path(file), rows)
     written = [row["translation"]["de"] for row in rows]
-    monkeypatch.setattr(translation_data, "decode", lambda predictions, tokenizer: written)
+    monkeypatch.setattr(translation, "decode", lambda predictions, tokenizer: written)
     returned = run_translation.main(arguments(tmp_path, files, seq2seq, *TRANSLATION))
     assert returned["eval_bleu"] == pytest.approx(100) and returned["predict_chrf"] == pytest.approx(100)
 
@@ -582,7 +582,7 @@ def test_half_written_checkpoint_is_passed_over(tmp_path):
         save_file({"weight": torch.zeros(1)}, tmp_path / f"checkpoint-{step}" / "model.safetensors")
         if state:
             (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
-    assert common.find_checkpoint(str(tmp_path), "last") == str(tmp_path / "checkpoint-2")
+    assert find_checkpoint(str(tmp_path), "last") == str(tmp_path / "checkpoint-2")
 
 
 def test_evaluation_of_a_finished_run_adds_to_its_results(tmp_path, encoder):

@@ -12,18 +12,18 @@ from pathlib import Path
 
 import optuna
 import pytest
-import run_glue
-import sweep
 import torch
 from rich.console import Console
-from support import script_data as made
-from support.training import make_model, make_rows
-from sweep_report import Sweep, Trial, markdown, plot, terminal_table
-from sweep_search import STARTUP_TRIALS, draw_parameters, run_trials, trial_seed
 from transformers import TrainerCallback, default_data_collator
 from transformers.utils import logging
 
+import run_glue
+import sweep
 from hf_rdrop import RDropTrainer, RDropTrainingArguments, inspect_dropout
+from support import script_data as made
+from support.training import make_model, make_rows
+from sweeping.report import Sweep, Trial, markdown, plot, terminal_table
+from sweeping.search import STARTUP_TRIALS, draw_parameters, run_trials, trial_seed
 
 RANGES = {"rdrop_alpha": (0.1, 5.0), "rdrop_dropout": (0.05, 0.3), "learning_rate": (1e-4, 1e-1)}
 QUICK = ["--use_cpu", "--report_to", "none", "--num_train_epochs", "2", "--per_device_train_batch_size", "16"]
@@ -385,10 +385,10 @@ def test_ranking_and_table():
 
 
 def test_plot_shows_the_score_over_every_parameter_and_the_best_so_far(tmp_path, monkeypatch):
-    import sweep_report
+    from sweeping import report
 
     figures = []
-    monkeypatch.setattr(sweep_report.plt, "close", figures.append)
+    monkeypatch.setattr(report.plt, "close", figures.append)
     plot(example(), Path(tmp_path / "plot.png"), ["rdrop_alpha", "learning_rate"])
     assert (tmp_path / "plot.png").stat().st_size > 10_000
     (figure,) = figures

@@ -5,12 +5,13 @@ import logging
 import math
 
 import pytest
-import run_glue
 from accelerate.data_loader import BatchSamplerShard
+from torch.utils.data import BatchSampler, SequentialSampler
+
+import run_glue
+from finetuning.unlabeled_batches import MixedSampler
 from support import script_data as made
 from support.script_runs import arguments, assert_same_weights, classification, logged, write_splits
-from torch.utils.data import BatchSampler, SequentialSampler
-from unlabeled_batches import MixedSampler
 
 STEPS = "do_train do_eval"
 BATCHES = ["--per_device_train_batch_size=8"]

@@ -4,8 +4,6 @@ import math
 
 import pytest
 import torch
-from benchmark_measure import peak_bytes
-from support.training import HEADS, make_collator, make_model, make_rows, step_logs, train
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -14,11 +12,13 @@ from transformers import (
     set_seed,
 )
 
+from benchmarking.measure import peak_bytes
 from hf_rdrop import RDropSeq2SeqTrainer, RDropTrainer, RDropTrainingArguments
 from hf_rdrop.agreements import OUTPUT_AGREEMENTS, hidden_state_agreement
 from hf_rdrop.contrastive import info_nce_agreement, pool
 from hf_rdrop.dropout import inspect_dropout
 from hf_rdrop.heads import find_logits, resolve_head
+from support.training import HEADS, make_collator, make_model, make_rows, step_logs, train
 
 TINY = 1e-9
 

@@ -8,11 +8,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
+from comparison.figures import RDROP, direction, points, trial_scores
 from comparison.history import as_lines
-from comparison.rows import RDROP, direction, points, trial_scores
 from comparison.statistics import BASELINE
-from comparison.style import DPI, GREYS, fullest, panels, save, styles, tidy
-from comparison.tables import plain, scored_name
+from comparison.tables import scored_name
+from reporting.markdown import plain
+from reporting.style import DPI, GREYS, fullest, panels, save, styles, tidy
 
 Choices = Mapping[tuple[str, str], Mapping[str, Any]]
 

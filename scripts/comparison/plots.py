@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from comparison.curves import Choices, plot_alphas, plot_curves
-from comparison.rows import AVERAGE, Report
+from comparison.figures import AVERAGE, Report
 from comparison.statistics import BASELINE
-from comparison.style import fullest, panels, place_labels, save, styles, tidy
 from comparison.tables import short_name
+from reporting.style import fullest, panels, place_labels, save, styles, tidy
 
 
 def plot_all(

@@ -74,12 +74,12 @@ def plain_run(folder, rows, fault=None, **args):
 
 def script_run(name, argv, fault=None):
     """A script as from the command line."""
-    import common
+    from finetuning.run import cli
 
     script = __import__(name)
     if fault:
         plan(*fault)
-    common.cli(lambda: script.main([str(argument) for argument in argv]))
+    cli(lambda: script.main([str(argument) for argument in argv]))
 
 
 # ---- What goes wrong ----
