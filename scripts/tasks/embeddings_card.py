@@ -1,14 +1,13 @@
 """The model card of run_contrastive.py: how the embeddings were trained, and how to compute them."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from hf_rdrop.card_text import inline, is_hub_id, last_part, link, number, public, table, write_atomically
-
-if TYPE_CHECKING:
-    from tasks.embeddings_trainer import ContrastiveTrainer
+from finetuning.results import write_file
+from hf_rdrop.card_text import inline, is_hub_id, last_part, link, number, public, table
 
 # What the embedding of a sentence is, and the line of code that takes it from hidden states.
 EMBEDDINGS = {
@@ -68,23 +67,40 @@ measure of truth or quality. Check it on pairs of your own before you rely on it
 """
 
 
-def write_card(
-    trainer: "ContrastiveTrainer", before: dict[str, float], base_name: str | None, dataset: str | None
-) -> None:
-    """Write README.md into the trainer's output folder; paths of this machine are cut to their last component.
+@dataclass(frozen=True)
+class EmbeddingRun:
+    """A finished training of embeddings, as its card describes it.
 
-    Args:
-        trainer: on the process that writes.
-        before: correlations before training, `eval_*_before`; may be empty.
+    Attributes:
+        hub_model_id: name of the repository that the model is pushed to; None without one.
         base_name: name of the model on the Hub that training began with; None if it came from a folder.
+        base_folder: the name or folder that its configuration remembers.
         dataset: name of the data set, None for files.
+        before: correlations before training, `eval_*_before`; may be empty.
+        after: correlations after training, `eval_*`; may be empty.
     """
-    args, folder = trainer.args, Path(str(trainer.args.output_dir))
-    title = last_part(str(args.hub_model_id or folder.resolve())) or "model"
-    local = last_part(str(trainer.model.config.name_or_path))
-    after = next((entry for entry in reversed(trainer.state.log_history) if "eval_spearmanr" in entry), None)
-    columns = {"before training": before, "after": after or {}}
-    evaluation = after and table(
+
+    hub_model_id: str | None
+    base_name: str | None
+    base_folder: str
+    dataset: str | None
+    before: Mapping[str, float]
+    after: Mapping[str, float]
+    sentences: int | None
+    steps: int
+    batch_size: int
+    learning_rate: float
+    seed: int
+    pooling: str
+    temperature: float
+    mlp_head: bool
+
+
+def write_card(folder: Path, run: EmbeddingRun) -> None:
+    """Write README.md into the folder; paths of this machine are cut to their last component."""
+    title = last_part(str(run.hub_model_id or folder.resolve())) or "model"
+    columns = {"before training": run.before, "after": run.after}
+    evaluation = run.after and table(
         ["correlation", *(name for name, found in columns.items() if found)],
         [
             [title, *(number(found.get(f"{key}_before", found.get(key))) for found in columns.values() if found)]
@@ -92,31 +108,34 @@ def write_card(
         ],
     )
     settings = {
-        "sentences": len(trainer.train_dataset) if trainer.train_dataset is not None else None,
-        "steps": trainer.state.global_step,
-        "batch size (one sentence, the rest are its negatives)": args.per_device_train_batch_size,
-        "temperature": args.temperature,
-        "layer over the token, in training only": "yes" if args.mlp_head else "no",
-        "learning rate": args.learning_rate,
-        "seed": args.seed,
+        "sentences": run.sentences,
+        "steps": run.steps,
+        "batch size (one sentence, the rest are its negatives)": run.batch_size,
+        "temperature": run.temperature,
+        "layer over the token, in training only": "yes" if run.mlp_head else "no",
+        "learning rate": run.learning_rate,
+        "seed": run.seed,
     }
-    embedding, code = EMBEDDINGS[args.pooling]
+    embedding, code = EMBEDDINGS[run.pooling]
+    base = (
+        link(run.base_name) if run.base_name else f"a model from a local folder ({inline(last_part(run.base_folder))})"
+    )
     card = ModelCard.from_template(
         ModelCardData(
             library_name="transformers",
             pipeline_tag="feature-extraction",
-            base_model=base_name if is_hub_id(base_name) else None,
-            datasets=[dataset] if is_hub_id(dataset) else None,
+            base_model=run.base_name if is_hub_id(run.base_name) else None,
+            datasets=[run.dataset] if is_hub_id(run.dataset) else None,
             tags=["simcse", "sentence-similarity", "generated_from_trainer"],
         ),
         template_str=TEMPLATE,
         title=inline(title),
-        base=link(base_name) if base_name else f"a model from a local folder ({inline(local)})",
-        data=f" on {link(dataset, 'datasets/')}" if dataset else "",
+        base=base,
+        data=f" on {link(run.dataset, 'datasets/')}" if run.dataset else "",
         evaluation=evaluation,
         embedding=embedding,
         code=code,
-        name=repr(public(args.hub_model_id or title)),
+        name=repr(public(run.hub_model_id or title)),
         settings=table(["setting", "value"], [[name, number(value)] for name, value in settings.items()]),
     )
-    write_atomically(folder / "README.md", str(card))
+    write_file(folder / "README.md", str(card))

@@ -1,6 +1,7 @@
 """The trainer of run_contrastive.py: InfoNCE between two dropout passes of a batch of sentences (SimCSE)."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from hf_rdrop.hub import CleanPushMixin
 from hf_rdrop.loss_log import LossLog
 from hf_rdrop.places import embeds_with_noise
 from hf_rdrop.resuming import ResumeMixin, set_epoch
-from tasks.embeddings_card import write_card
+from tasks.embeddings_card import EmbeddingRun, write_card
 
 HEAD = "contrastive_head"  # the attribute of the model that holds SimCSE's MLP while it is trained
 
@@ -183,9 +184,27 @@ class ContrastiveTrainer(ScriptMixin, CleanPushMixin, ResumeMixin, Trainer):
             self.args.dataloader_drop_last = drop_last
 
     def create_model_card(self, **card: Any) -> None:
-        """README.md in the output folder."""
-        if self.is_world_process_zero():
-            write_card(self, self.before, card.get("finetuned_from"), card.get("dataset"))
+        """Write README.md into the output folder."""
+        if not self.is_world_process_zero():
+            return
+        args, history = self.args, reversed(self.state.log_history)
+        run = EmbeddingRun(
+            hub_model_id=args.hub_model_id,
+            base_name=card.get("finetuned_from"),
+            base_folder=str(self.model.config.name_or_path),
+            dataset=card.get("dataset"),
+            before=self.before,
+            after=next((entry for entry in history if "eval_spearmanr" in entry), {}),
+            sentences=len(self.train_dataset) if self.train_dataset is not None else None,
+            steps=self.state.global_step,
+            batch_size=args.per_device_train_batch_size,
+            learning_rate=args.learning_rate,
+            seed=args.seed,
+            pooling=args.pooling,
+            temperature=args.temperature,
+            mlp_head=args.mlp_head,
+        )
+        write_card(Path(str(args.output_dir)), run)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return super().floating_point_ops(inputs) * 2
