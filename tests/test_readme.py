@@ -26,6 +26,7 @@ import sweep
 from comparison.config import parse
 from comparison.tuning import choose, plan_trials
 from finetuning.run import parse_arguments
+from finetuning.trainer import ReportArguments
 from support import ROOT
 from support.hub_server import Hub, run_program, use_hub
 from support.training import make_model, make_rows
@@ -35,17 +36,19 @@ CONFIGURATIONS = sorted((ROOT / "model_cards" / "reference").glob("*.yaml"))
 CARDS = sorted((ROOT / "model_cards" / "reference").rglob("cards/*.md"))
 METHOD_CARD = (ROOT / "model_cards" / "r-drop.md").read_text("utf-8")
 SCRIPTS = {
-    "run_clm.py": (run_clm.ModelArguments, run_clm.ClmArguments, run_clm.RDropTrainingArguments),
+    "run_clm.py": (run_clm.ModelArguments, run_clm.ClmArguments, ReportArguments, run_clm.RDropTrainingArguments),
     "run_glue.py": (
         run_glue.ModelArguments,
         run_glue.GlueArguments,
         run_glue.UnlabeledArguments,
+        ReportArguments,
         run_glue.RDropTrainingArguments,
     ),
-    "run_ner.py": (run_ner.ModelArguments, run_ner.NerArguments, run_ner.RDropTrainingArguments),
+    "run_ner.py": (run_ner.ModelArguments, run_ner.NerArguments, ReportArguments, run_ner.RDropTrainingArguments),
     "run_translation.py": (
         run_translation.ModelArguments,
         run_translation.TranslationArguments,
+        ReportArguments,
         run_translation.RDropSeq2SeqTrainingArguments,
     ),
     "run_contrastive.py": (
@@ -56,6 +59,7 @@ SCRIPTS = {
     "run_image_classification.py": (
         run_image_classification.ImageModelArguments,
         run_image_classification.ImageArguments,
+        ReportArguments,
         run_image_classification.RDropTrainingArguments,
     ),
     "init_model.py": (init_model.InitModelArguments,),

@@ -32,7 +32,8 @@ from support import ROOT
 from support import script_data as made
 from support.script_runs import QUICK, arguments, assert_same_weights, classification, logged, read, write_splits
 from tasks import tagging, translation
-from tasks.classification import flip_labels, tokenize
+from tasks.classification import flip_labels
+from tasks.glue import tokenize
 
 SCRIPTS = ROOT / "scripts"
 RESULTS = ("train_results.json", "eval_results.json", "predict_results.json", "all_results.json")

@@ -39,22 +39,6 @@ class DataArguments:
     )
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first N validation rows."})
     max_predict_samples: int | None = field(default=None, metadata={"help": "Predict only the first N test rows."})
-    consistency_samples: int = field(
-        default=0,
-        metadata={
-            "help": "Draw N sub-models by dropout on the validation data, and compare dropout off with them and with "
-            "their ensemble: eval_consistency_* (KL divergences in nats: kl_between sub-models, kl_to_off from them "
-            "to dropout off, kl_ensemble from their ensemble to it; of each score: _off, _sub and _std over "
-            "sub-models, _ensemble) and consistency.json with the curves over 1 to N. 0: not measured."
-        },
-    )
-    card_comparison: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "A comparison.json of compare.py, whose figures the model card shows, and if it has several tasks "
-            "of which none is named as the data set or --output_dir is, the name of the task."
-        },
-    )
     preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes for the tokenization."})
     overwrite_cache: bool = field(default=False, metadata={"help": "Redo the tokenization of a cached data set."})
     pad_to_max_length: bool = field(
@@ -69,15 +53,6 @@ class DataArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} must be at least 1, got {value}: leave it out to use everything.")
-        if self.card_comparison and len(self.card_comparison) > 2:
-            raise ValueError(
-                f"--card_comparison takes a comparison.json and the name of a task, got {self.card_comparison}."
-            )
-        if self.consistency_samples < 0 or self.consistency_samples == 1:
-            raise ValueError(
-                f"--consistency_samples must be 0 or at least 2, as sub-models are compared with each other; got "
-                f"{self.consistency_samples}."
-            )
         if self.sample_seed is not None and (self.max_train_samples is None or self.sample_seed < 0):
             raise ValueError("--sample_seed draws --max_train_samples rows: give that too, and a seed of at least 0.")
         if self.validation_from_train is not None and not 0 < self.validation_from_train < 1:

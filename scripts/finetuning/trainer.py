@@ -2,6 +2,7 @@
 
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,39 @@ except ImportError:  # Windows
 def padding_multiple(args: TrainingArguments) -> int | None:
     """Lengths that are a multiple of 8 are faster on GPUs at half precision, and only slower elsewhere."""
     return 8 if (args.fp16 or args.bf16) and args.device.type == "cuda" else None
+
+
+@dataclass
+class ReportArguments:
+    """Arguments on what a run reports beside its scores."""
+
+    consistency_samples: int = field(
+        default=0,
+        metadata={
+            "help": "Draw N sub-models by dropout on the validation data, and compare dropout off with them and with "
+            "their ensemble: eval_consistency_* (KL divergences in nats: kl_between sub-models, kl_to_off from them "
+            "to dropout off, kl_ensemble from their ensemble to it; of each score: _off, _sub and _std over "
+            "sub-models, _ensemble) and consistency.json with the curves over 1 to N. 0: not measured."
+        },
+    )
+    card_comparison: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "A comparison.json of compare.py, whose figures the model card shows, and if it has several tasks "
+            "of which none is named as the data set or --output_dir is, the name of the task."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.card_comparison and len(self.card_comparison) > 2:
+            raise ValueError(
+                f"--card_comparison takes a comparison.json and the name of a task, got {self.card_comparison}."
+            )
+        if self.consistency_samples < 0 or self.consistency_samples == 1:
+            raise ValueError(
+                f"--consistency_samples must be 0 or at least 2, as sub-models are compared with each other; got "
+                f"{self.consistency_samples}."
+            )
 
 
 class ScriptMixin:

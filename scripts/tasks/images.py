@@ -71,11 +71,6 @@ class ImageArguments(DataArguments):
         if not 0 <= self.label_noise <= 1:
             raise ValueError(f"--label_noise is a share of the rows, from 0 to 1; got {self.label_noise}.")
 
-    @property
-    def label_column(self) -> str:
-        """The same by the name that run_glue.py's functions know."""
-        return self.label_column_name
-
 
 # ---- Where images come from ----
 
