@@ -8,9 +8,9 @@ import pytest
 from PIL import Image, ImageColor
 
 from comparison.curves import plot_alphas, plot_curves
-from comparison.figures import make_report
+from comparison.figures import GREY, make_report
 from comparison.plots import pareto_front, plot_all, plot_gains, plot_pareto
-from reporting.style import DPI, GREYS, fullest, place_labels, save, styles
+from reporting.style import DPI, fullest, place_labels, save, styles
 from support.comparison_data import ARMS, METRICS, make_choices, make_runs
 
 
@@ -90,14 +90,14 @@ def test_pareto_front():
 
 def test_every_arm_looks_different():
     arms = ["baseline", "baseline-2x", "doubled", *(f"arm-{i}" for i in range(18))]
-    looks = styles(arms)
+    looks = styles(arms, GREY)
     assert len({(look.colour, look.line) for look in looks.values()}) == len(arms)
     assert len({(look.colour, look.marker) for look in looks.values()}) == len(arms)
 
 
 def test_a_written_picture_keeps_the_colours_of_all_arms(tmp_path):
     """A rare colour among shades of others was changed into a neighbour when pictures were made smaller."""
-    look = styles([*GREYS, *(f"rdrop-{index}" for index in range(6))])
+    look = styles([*GREY, *(f"rdrop-{index}" for index in range(6))], GREY)
     figure, axes = plt.subplots(dpi=DPI)
     for place, style in enumerate(look.values()):
         width = 0.5 if place in (5, 6) else 4  # of the line, in points: two arms with few pixels

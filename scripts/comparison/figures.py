@@ -13,6 +13,7 @@ from finetuning.results import LOWER_IS_BETTER
 RDROP = "rdrop"
 # What R-Drop has to beat besides the baseline: as many forward passes, and as many rows in a step.
 CONTROLS = ("baseline-2x", "doubled")
+GREY = (BASELINE, *CONTROLS)  # in pictures
 AVERAGE = "average"
 # Scores that are in points, or in a unit of their own (nats, perplexity), as they are; the rest are shares.
 NOT_SHARES = ("bleu", "chrf", "score", "rouge1", "rouge2", "rougeL", "rougeLsum", "loss", "nll", "mse", "perplexity")

@@ -12,6 +12,7 @@ from finetuning.run import closest
 from reporting.markdown import table_lines
 from reporting.style import Style, panels, save, styles, tidy
 
+CONTROLS = ("baseline", "baseline-2x", "doubled")  # names of models that are drawn in grey
 USUAL_SCORES = ("f1", "accuracy", "pearson")
 Sets = Mapping[str, Mapping[str, Any]]  # by validation set, the fields of `hf_rdrop.consistency.Consistency`
 
@@ -72,7 +73,7 @@ def plot(models: Mapping[str, Sets], score: str, path: Path) -> None:
     single sub-models with a band of one standard deviation.
     """
     rows = list(_by_set(models))
-    looks = styles(list(models))
+    looks = styles(list(models), CONTROLS)
     figure, grid = panels(3 * len(rows), 3, 3.6, 3.2)
     for row, (name, measured) in enumerate(rows):
         axes = grid[3 * row : 3 * row + 3]

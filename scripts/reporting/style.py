@@ -1,4 +1,4 @@
-"""How the pictures of a comparison look: colours and markers of arms, panels, names beside points."""
+"""The look of pictures: colours and markers by name, panels, names beside points."""
 
 import itertools
 import math
@@ -11,14 +11,12 @@ from matplotlib.patheffects import withStroke
 from matplotlib.transforms import Bbox
 from PIL import Image
 
-from comparison.statistics import BASELINE
-
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 # Okabe and Ito's colours, which people with colour blindness can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-GREYS = {BASELINE: "#999999", "baseline-2x": "#555555", "doubled": "#000000"}
+GREYS = ("#999999", "#555555", "#000000")
 DPI = 150
 MARKERS, LINES = "osD^vP", ("-", "--", ":")
 _DISTANCES = (7, 14, 22, 32, 44)  # in points, from the marker
@@ -26,23 +24,29 @@ _ANGLES = (0, 45, -45, 90, -90, 135, -135, 180)
 
 
 class Style(NamedTuple):
-    """How an arm looks in every picture."""
+    """Look of one name in every picture."""
 
     colour: str
     marker: str
     line: str
 
 
-def styles(arms: Sequence[str]) -> dict[str, Style]:
-    """Greys for what R-Drop is compared with, colours for the rest; marker and line tell more arms than colours."""
+def styles(names: Sequence[str], controls: Sequence[str] = ()) -> dict[str, Style]:
+    """Give each name its look; marker and line tell more names apart than colours.
+
+    Args:
+        names: what the picture shows.
+        controls: up to three names, shown or not, that are grey: what the others are compared with.
+    """
     made = {}
-    coloured = [arm for arm in arms if arm not in GREYS]
-    for arm in arms:
-        if arm in GREYS:
-            made[arm] = Style(GREYS[arm], MARKERS[list(GREYS).index(arm)], "-")
+    coloured = [name for name in names if name not in controls]
+    for name in names:
+        if name in controls:
+            place = controls.index(name)
+            made[name] = Style(GREYS[place], MARKERS[place], "-")
         else:
-            turn, which = divmod(coloured.index(arm), len(COLOURS))
-            made[arm] = Style(COLOURS[which], MARKERS[(which + turn) % len(MARKERS)], LINES[turn % len(LINES)])
+            turn, which = divmod(coloured.index(name), len(COLOURS))
+            made[name] = Style(COLOURS[which], MARKERS[(which + turn) % len(MARKERS)], LINES[turn % len(LINES)])
     return made
 
 
