@@ -1,6 +1,5 @@
 """What a comparison leaves behind: one JSON file with every run, the report and the plots."""
 
-import json
 import os
 import platform
 import shutil
@@ -15,6 +14,7 @@ from rich.console import Console
 from comparison.arms import Arm
 from comparison.config import Comparison
 from comparison.figures import make_report
+from comparison.file import not_one, read_comparison, write_comparison
 from comparison.history import as_columns, as_lines
 from comparison.plots import plot_all
 from comparison.queue import RUN_FILE, Run
@@ -82,13 +82,13 @@ def _made_elsewhere(files: Sequence[Path]) -> dict[tuple[Any, ...], tuple[Path, 
     """The runs in these files, by what makes them the same: each with the first file that has it."""
     made: dict[tuple[Any, ...], tuple[Path, dict[str, Any]]] = {}
     for file in files:
+        found = read_comparison(file, "--take_from")
         try:
-            found = json.loads(file.read_text("utf-8"))
             for run in [*found["runs"], *found["trials"]]:
                 key = (run["task"], run["arm"], run["seed"], *run["arguments"])
                 made.setdefault(key, (file, {**run, "history": as_lines(run["history"])}))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"--take_from {file} is no comparison.json ({type(error).__name__}: {error}).") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise not_one(file, "--take_from", error) from error
     return made
 
 
@@ -157,8 +157,7 @@ def write_results(
         console.print(terminal_table(report))
     chosen = [{"task": task, "arm": arm, **choice} for (task, arm), choice in choices.items()]
     everything = {"about": about, "choices": chosen, **figures, "failed": reasons, "runs": records, "trials": tried}
-    lines = (f"{json.dumps(name)}: {_compact(value)}" for name, value in everything.items())
-    write_file(folder / "comparison.json", "{\n" + ",\n".join(lines) + "\n}\n")
+    write_comparison(folder / "comparison.json", everything)
     console.print(f"Written to {folder}: {', '.join(written)}, runs/", highlight=False)
     return figures["rows"]
 
@@ -181,10 +180,3 @@ def _tuning(comparison: Comparison) -> dict[str, Any]:
         "settings tried for each tuned arm": f"{comparison.trials}, of all combinations where there are more",
         **tried,
     }
-
-
-def _compact(value: Any) -> str:
-    """JSON with a line for each item of a list: hundreds of runs stay readable, and small."""
-    if isinstance(value, list):
-        return "[\n" + ",\n".join(json.dumps(item) for item in value) + "\n]"
-    return json.dumps(value)
