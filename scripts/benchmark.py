@@ -37,17 +37,18 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 import psutil
 import torch
 import transformers
-from benchmark_loss import FUSED as FUSED_LOSS
-from benchmark_loss import OFFICIAL_COPIES, TOLERANCES, loss_arms, loss_differences
-from benchmark_measure import Arm, copy_bandwidth, elementwise_seconds, environment, measure
-from benchmark_plots import plot
-from benchmark_precision import CLASSES, DTYPES, TARGETS, precision_errors
-from benchmark_report import markdown, tables, terminal_table
-from benchmark_steps import FUSED, HEADS, PLAIN, RDROP, TRUNK_3_4, Sizes, step_arms, step_settings
-from common import cli, parse_arguments, write_file
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from benchmarking.loss import FUSED as FUSED_LOSS
+from benchmarking.loss import OFFICIAL_COPIES, TOLERANCES, loss_arms, loss_differences
+from benchmarking.measure import Arm, copy_bandwidth, elementwise_seconds, environment, measure
+from benchmarking.plots import plot
+from benchmarking.precision import CLASSES, DTYPES, TARGETS, precision_errors
+from benchmarking.report import markdown, tables, terminal_table
+from benchmarking.steps import FUSED, HEADS, PLAIN, RDROP, TRUNK_3_4, Sizes, step_arms, step_settings
+from finetuning.results import write_file
+from finetuning.run import cli, parse_arguments
 from hf_rdrop.loss import check_alpha
 
 SECTIONS = ("loss", "steps", "growth", "precision")

@@ -24,14 +24,16 @@ runs not finished; more seeds, arms and tasks can be added in the same way.
 
 from collections.abc import Sequence
 
-from common import cli
+from rich.console import Console
+
 from comparison.arms import run_arguments
 from comparison.config import Comparison, parse
 from comparison.demo import write_demo_inputs
-from comparison.results import check_folder, describe, list_runs, take_runs, write_results
+from comparison.queue import Run, run_all
+from comparison.runs import check_folder, describe, list_runs, take_runs, write_results
 from comparison.tuning import Trials, choose, plan_trials
-from rich.console import Console
-from run_queue import Run, run_all, sole_user
+from finetuning.run import cli
+from reporting.folder import sole_user
 
 
 def plan(comparison: Comparison, choices: dict) -> list[Run]:

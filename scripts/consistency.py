@@ -29,8 +29,9 @@ import run_glue
 import run_image_classification
 import run_ner
 import run_translation
-from common import cli, option_names, read_json, without_folders, write_file, write_json
-from consistency_report import choose_score, markdown_table, plot
+from finetuning.results import read_json, write_file, write_json
+from finetuning.run import cli, option_names, without_folders
+from reporting.consistency import choose_score, markdown_table, plot
 
 SCRIPTS: dict[str, Callable[[list[str]], Any]] = {
     "run_clm.py": run_clm.main,

@@ -8,8 +8,8 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-from common import cli
-from comparison.style import COLOURS, DPI, plt, save
+from finetuning.run import cli
+from reporting.style import COLOURS, DPI, plt, save
 
 BLUE, ORANGE, GREEN = COLOURS[:3]
 GREY = "#c4c4c4"

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import transformers
-from benchmark_report import time_ratio
-from benchmark_steps import HEADS, PLAIN, Sizes, cost_settings, make_batch
-from common import cli
 from scipy.optimize import least_squares
 
+from benchmarking.report import time_ratio
+from benchmarking.steps import HEADS, PLAIN, Sizes, cost_settings, make_batch
+from finetuning.run import cli
 from hf_rdrop.cost import MACHINES, Machine, predict_cost
 from hf_rdrop.cost.model_shape import ModelShape, describe_model
 

@@ -11,17 +11,16 @@ $VARIABLES of the comparison's configuration stay as they are.
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common import cli, write_file
+from comparison.cards import Task, file_name, make_parts, metadata
+from comparison.figures import Report, make_report
+from comparison.file import not_one, read_comparison
 from comparison.history import as_lines
-from comparison.rows import Report, make_report
-from data_files import closest
-from reference_card_parts import Task, file_name, make_parts, metadata
-
+from finetuning.results import write_file
+from finetuning.run import cli, closest
 from hf_rdrop.cards.evidence import read_consistency
 from hf_rdrop.cards.markdown import render
 
@@ -56,17 +55,14 @@ def read(path: Path) -> tuple[dict[str, Any], Report]:
     Raises:
         ValueError: it cannot be read, or no run has finished.
     """
+    found = read_comparison(path, "--comparison")
     try:
-        found = json.loads(path.read_text("utf-8"))
         metrics = {row["task"]: row["metric"] for row in found["rows"]}
         report = make_report(found["runs"], metrics, list(dict.fromkeys(row["arm"] for row in found["rows"])))
         for run in found["runs"]:
             run["history"] = as_lines(run["history"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"--comparison {path} is no comparison.json of compare.py ({type(error).__name__}: {error}). Give the "
-            "file that compare.py writes into its --output_dir."
-        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise not_one(path, "--comparison", error) from error
     if not report.rows:
         raise ValueError(f"--comparison {path}: no run has finished, so there is nothing to make a card of.")
     return found, report

@@ -19,13 +19,21 @@ Perplexities can only be compared between models with the same tokenizer and blo
 from collections.abc import Callable
 from typing import Any
 
-from clm_data import BlockCollator, ClmArguments, check_model, load_texts, make_blocks, score_tokens, token_sums
-from common import cli, parse_arguments, start_run
-from model_loading import ModelArguments, fit_length, hub_name, load_config, load_model, load_tokenizer
-from script_trainer import ScriptMixin
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, Trainer
 
+from finetuning.model import ModelArguments, fit_length, hub_name, load_config, load_model, load_tokenizer
+from finetuning.run import cli, parse_arguments, start_run
+from finetuning.trainer import ReportArguments, ScriptMixin
 from hf_rdrop import RDropTrainer, RDropTrainingArguments
+from tasks.language_modelling import (
+    BlockCollator,
+    ClmArguments,
+    check_model,
+    load_texts,
+    make_blocks,
+    score_tokens,
+    token_sums,
+)
 
 
 class LanguageModelTrainer(ScriptMixin, RDropTrainer):
@@ -39,8 +47,8 @@ def main(
 
     With `use_trainer`, the trainer is handed to it instead of being trained and evaluated here (sweep.py).
     """
-    model_args, data_args, training_args = parse_arguments(
-        (ModelArguments, ClmArguments, RDropTrainingArguments), argv, __doc__
+    model_args, data_args, report_args, training_args = parse_arguments(
+        (ModelArguments, ClmArguments, ReportArguments, RDropTrainingArguments), argv, __doc__
     )
     checkpoint = start_run(training_args)
 
@@ -63,7 +71,7 @@ def main(
 
     card: dict[str, Any] = {
         "finetuned_from": hub_name(model_args),
-        "comparison": data_args.card_comparison,
+        "comparison": report_args.card_comparison,
         "tasks": "fill-mask" if data_args.mlm else "text-generation",
     }
     if data_args.dataset_name:
@@ -75,7 +83,7 @@ def main(
         model=model,
         args=training_args,
         card=card,
-        consistency_samples=data_args.consistency_samples,
+        consistency_samples=report_args.consistency_samples,
         train_dataset=data.get("train"),
         eval_dataset=data.get("validation"),
         processing_class=tokenizer,

@@ -12,15 +12,15 @@ correlates with it, dropout off, before training (eval_spearmanr_before) and aft
 
 from typing import Any
 
-from common import cli, parse_arguments, start_run
-from contrastive_data import ContrastiveArguments, SentenceCollator, load_pairs, load_sentences, tokenize
-from contrastive_training import ContrastiveTrainer, ContrastiveTrainingArguments, add_head
-from model_loading import ModelArguments, fit_length, hub_name, load_config, load_model, load_tokenizer
-from script_trainer import padding_multiple
 from transformers import AutoModel
 
+from finetuning.model import ModelArguments, fit_length, hub_name, load_config, load_model, load_tokenizer
+from finetuning.run import cli, parse_arguments, start_run
+from finetuning.trainer import padding_multiple
 from hf_rdrop import set_dropout
 from hf_rdrop.metrics import Glue
+from tasks.embeddings import ContrastiveArguments, SentenceCollator, load_pairs, load_sentences, tokenize
+from tasks.embeddings_trainer import ContrastiveTrainer, ContrastiveTrainingArguments, add_head
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

@@ -13,28 +13,25 @@ Rows without labels (--unlabeled_file) take part in the agreement: a few beside 
 from collections.abc import Callable
 from typing import Any
 
-from common import cli, parse_arguments, start_run
-from glue_data import (
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer
+
+from finetuning.labels import SINGLE
+from finetuning.model import ModelArguments, fit_length, hub_name, load_config, load_model, load_tokenizer
+from finetuning.run import cli, parse_arguments, start_run
+from finetuning.trainer import ReportArguments, ScriptMixin, padding_multiple
+from finetuning.unlabeled import UnlabeledArguments, load_unlabeled, no_targets
+from finetuning.unlabeled_batches import UnlabeledMixin
+from hf_rdrop import RDropTrainer, RDropTrainingArguments
+from tasks.classification import flip_labels, predict_labels, read_targets, score
+from tasks.glue import (
     GlueArguments,
     build_metric,
     choose_labels,
     choose_text_columns,
-    flip_labels,
     format_predictions,
     load_data,
-    predict_labels,
-    read_targets,
-    score,
     tokenize,
 )
-from labels import SINGLE
-from model_loading import ModelArguments, fit_length, hub_name, load_config, load_model, load_tokenizer
-from script_trainer import ScriptMixin, padding_multiple
-from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer
-from unlabeled_batches import UnlabeledMixin
-from unlabeled_data import UnlabeledArguments, load_unlabeled, no_targets
-
-from hf_rdrop import RDropTrainer, RDropTrainingArguments
 
 
 class GlueTrainer(ScriptMixin, UnlabeledMixin, RDropTrainer):
@@ -48,8 +45,8 @@ def main(
 
     With `use_trainer`, the trainer is handed to it instead of being trained and evaluated here (sweep.py).
     """
-    model_args, data_args, unlabeled_args, training_args = parse_arguments(
-        (ModelArguments, GlueArguments, UnlabeledArguments, RDropTrainingArguments), argv, __doc__
+    model_args, data_args, unlabeled_args, report_args, training_args = parse_arguments(
+        (ModelArguments, GlueArguments, UnlabeledArguments, ReportArguments, RDropTrainingArguments), argv, __doc__
     )
     checkpoint = start_run(training_args)
 
@@ -65,7 +62,7 @@ def main(
     labels = choose_labels(data_args, splits, config)
     unlabeled = load_unlabeled(unlabeled_args, data_args, training_args, splits.get("train"), columns)
     splits = data_args.choose_rows(splits)
-    targets = read_targets(splits, labels, data_args)
+    targets = read_targets(splits, labels, data_args.label_column)
     if data_args.label_noise and training_args.do_train:
         targets["train"] = flip_labels(targets["train"], labels, data_args.label_noise, training_args.seed)
     if training_args.label_smoothing_factor and labels.problem_type != SINGLE:
@@ -88,7 +85,7 @@ def main(
 
     card: dict[str, Any] = {
         "finetuned_from": hub_name(model_args),
-        "comparison": data_args.card_comparison,
+        "comparison": report_args.card_comparison,
         "tasks": "text-classification",
     }
     if data_args.task_name:
@@ -102,7 +99,7 @@ def main(
         model=model,
         args=training_args,
         card=card,
-        consistency_samples=data_args.consistency_samples,
+        consistency_samples=report_args.consistency_samples,
         train_dataset=data.get("train"),
         unlabeled=unlabeled,
         unlabeled_ratio=unlabeled_args.ratio,

@@ -20,41 +20,24 @@ from typing import Any
 
 import datasets
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
-from common import (
-    LAST_RESULT_FILE,
-    RESUME_OPTION,
-    cli,
-    find_checkpoint,
-    parse_arguments,
-    read_json,
-    remove_results,
-    write_json,
-)
-from glue_data import (
-    GlueArguments,
-    build_metric,
-    choose_labels,
-    choose_text_columns,
-    flip_labels,
-    load_data,
-    predict_labels,
-    read_targets,
-    tokenize,
-)
-from labels import Labels
-from model_loading import ModelArguments, fit_length, load_config, load_model, load_tokenizer
 from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, SchedulerType, get_scheduler
 
+from accelerate import Accelerator, DataLoaderConfiguration
+from finetuning.labels import Labels
+from finetuning.model import ModelArguments, fit_length, load_config, load_model, load_tokenizer
+from finetuning.results import LAST_RESULT_FILE, read_json, remove_results, write_json
+from finetuning.run import RESUME_OPTION, cli, find_checkpoint, parse_arguments
 from hf_rdrop import RDropArguments, RDropLoss, set_dropout
 from hf_rdrop.batch import repeat_batch, split_passes
 from hf_rdrop.checkpoints import saving
 from hf_rdrop.training.checks import check_stochastic
+from tasks.classification import flip_labels, predict_labels, read_targets
+from tasks.glue import GlueArguments, build_metric, choose_labels, choose_text_columns, load_data, tokenize
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"hf_rdrop.scripts.{__name__}")
 
 
 @dataclass
@@ -92,8 +75,6 @@ class LoopArguments(RDropArguments):
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run the script with these arguments; returns the metrics."""
     model_args, data_args, args = parse_arguments((ModelArguments, GlueArguments, LoopArguments), argv, __doc__)
-    if data_args.consistency_samples:
-        raise ValueError("--consistency_samples is not measured here: give the trained model to consistency.py.")
     AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run in this process may have used bf16
     accelerator = Accelerator(cpu=args.use_cpu, dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True))
     logging.basicConfig(format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", level=logging.WARNING)
@@ -109,7 +90,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     config = load_config(model_args)
     labels = choose_labels(data_args, splits, config)
     splits = data_args.choose_rows(splits)
-    targets = read_targets(splits, labels, data_args)
+    targets = read_targets(splits, labels, data_args.label_column)
     if data_args.label_noise:
         targets["train"] = flip_labels(targets["train"], labels, data_args.label_noise, args.seed)
     loss_fn = RDropLoss(args.rdrop_alpha, labels.problem_type, args.label_smoothing_factor)

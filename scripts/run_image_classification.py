@@ -16,16 +16,16 @@ processor and nothing else: there is no random cropping or flipping. Pillow is e
 from collections.abc import Callable
 from typing import Any
 
-from common import cli, parse_arguments, start_run
-from glue_data import flip_labels, predict_labels, read_targets, score
-from image_data import ImageArguments, choose_labels, file_names, format_predictions, load_images
-from image_processing import ImageModelArguments, PreparedImages, check_images, load_image_processor
-from model_loading import hub_name, load_config, load_model
-from script_trainer import ScriptMixin
 from transformers import AutoModelForImageClassification, Trainer
 
+from finetuning.model import hub_name, load_config, load_model
+from finetuning.run import cli, parse_arguments, start_run
+from finetuning.trainer import ReportArguments, ScriptMixin
 from hf_rdrop import RDropTrainer, RDropTrainingArguments
 from hf_rdrop.metrics import SequenceClassification
+from tasks.classification import flip_labels, predict_labels, read_targets, score
+from tasks.image_processing import ImageModelArguments, PreparedImages, check_images, load_image_processor
+from tasks.images import ImageArguments, choose_labels, file_names, format_predictions, load_images
 
 
 class ImageTrainer(ScriptMixin, RDropTrainer):
@@ -44,8 +44,8 @@ def main(
 
     With `use_trainer`, the trainer is handed to it instead of being trained and evaluated here (sweep.py).
     """
-    model_args, data_args, training_args = parse_arguments(
-        (ImageModelArguments, ImageArguments, RDropTrainingArguments), argv, __doc__
+    model_args, data_args, report_args, training_args = parse_arguments(
+        (ImageModelArguments, ImageArguments, ReportArguments, RDropTrainingArguments), argv, __doc__
     )
     checkpoint = start_run(training_args)
 
@@ -54,7 +54,7 @@ def main(
     config = load_config(model_args)
     labels = choose_labels(data_args, splits, config)
     splits = data_args.choose_rows(splits)
-    targets = read_targets(splits, labels, data_args)
+    targets = read_targets(splits, labels, data_args.label_column_name)
     if data_args.label_noise and training_args.do_train:
         targets["train"] = flip_labels(targets["train"], labels, data_args.label_noise, training_args.seed)
     config.update(labels.config_changes())
@@ -69,7 +69,7 @@ def main(
 
     card: dict[str, Any] = {
         "finetuned_from": hub_name(model_args),
-        "comparison": data_args.card_comparison,
+        "comparison": report_args.card_comparison,
         "tasks": "image-classification",
     }
     if data_args.dataset_name:
@@ -82,7 +82,7 @@ def main(
         model=model,
         args=training_args,
         card=card,
-        consistency_samples=data_args.consistency_samples,
+        consistency_samples=report_args.consistency_samples,
         train_dataset=data.get("train"),
         eval_dataset=data.get("validation"),
         processing_class=processor,

@@ -13,10 +13,14 @@ Each row holds a list of words (`tokens`) and a list of as many tags (`ner_tags`
 from collections.abc import Callable
 from typing import Any
 
-from common import cli, parse_arguments, start_run
-from data_files import load_splits
-from model_loading import ModelArguments, fit_length, hub_name, load_config, load_model, load_word_tokenizer
-from ner_data import (
+from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification, EvalPrediction, Trainer
+
+from finetuning.data import load_splits
+from finetuning.model import ModelArguments, fit_length, hub_name, load_config, load_model, load_word_tokenizer
+from finetuning.run import cli, parse_arguments, start_run
+from finetuning.trainer import ReportArguments, ScriptMixin, padding_multiple
+from hf_rdrop import RDropTrainer, RDropTrainingArguments
+from tasks.tagging import (
     NerArguments,
     check_rows,
     choose_labels,
@@ -25,10 +29,6 @@ from ner_data import (
     read_targets,
     tokenize,
 )
-from script_trainer import ScriptMixin, padding_multiple
-from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification, EvalPrediction, Trainer
-
-from hf_rdrop import RDropTrainer, RDropTrainingArguments
 
 
 class NerTrainer(ScriptMixin, RDropTrainer):
@@ -42,8 +42,8 @@ def main(
 
     With `use_trainer`, the trainer is handed to it instead of being trained and evaluated here (sweep.py).
     """
-    model_args, data_args, training_args = parse_arguments(
-        (ModelArguments, NerArguments, RDropTrainingArguments), argv, __doc__
+    model_args, data_args, report_args, training_args = parse_arguments(
+        (ModelArguments, NerArguments, ReportArguments, RDropTrainingArguments), argv, __doc__
     )
     checkpoint = start_run(training_args)
 
@@ -69,7 +69,7 @@ def main(
 
     card: dict[str, Any] = {
         "finetuned_from": hub_name(model_args),
-        "comparison": data_args.card_comparison,
+        "comparison": report_args.card_comparison,
         "tasks": "token-classification",
     }
     if data_args.dataset_name:
@@ -80,7 +80,7 @@ def main(
         model=model,
         args=training_args,
         card=card,
-        consistency_samples=data_args.consistency_samples,
+        consistency_samples=report_args.consistency_samples,
         train_dataset=data.get("train"),
         eval_dataset=data.get("validation"),
         processing_class=tokenizer,

@@ -18,16 +18,24 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from common import cli, parse_arguments, start_run
-from data_files import load_splits
-from model_loading import ModelArguments, fit_length, hub_name, load_config, load_model, load_tokenizer, set_languages
-from script_trainer import ScriptMixin, padding_multiple
 from transformers import AutoModelForSeq2SeqLM, Trainer
-from translation_data import PairCollator, TranslationArguments, decode, read_pairs, score_against, tokenize
 
+from finetuning.data import load_splits
+from finetuning.model import (
+    ModelArguments,
+    fit_length,
+    hub_name,
+    load_config,
+    load_model,
+    load_tokenizer,
+    set_languages,
+)
+from finetuning.run import cli, parse_arguments, start_run
+from finetuning.trainer import ReportArguments, ScriptMixin, padding_multiple
 from hf_rdrop import RDropSeq2SeqTrainer, RDropSeq2SeqTrainingArguments
+from tasks.translation import PairCollator, TranslationArguments, decode, read_pairs, score_against, tokenize
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"hf_rdrop.scripts.{__name__}")
 
 
 class TranslationTrainer(ScriptMixin, RDropSeq2SeqTrainer):
@@ -41,8 +49,8 @@ def main(
 
     With `use_trainer`, the trainer is handed to it instead of being trained and evaluated here (sweep.py).
     """
-    model_args, data_args, training_args = parse_arguments(
-        (ModelArguments, TranslationArguments, RDropSeq2SeqTrainingArguments), argv, __doc__
+    model_args, data_args, report_args, training_args = parse_arguments(
+        (ModelArguments, TranslationArguments, ReportArguments, RDropSeq2SeqTrainingArguments), argv, __doc__
     )
     checkpoint = start_run(training_args)
     if training_args.do_predict and not training_args.predict_with_generate:
@@ -83,7 +91,7 @@ def main(
 
     card: dict[str, Any] = {
         "finetuned_from": hub_name(model_args),
-        "comparison": data_args.card_comparison,
+        "comparison": report_args.card_comparison,
         "tasks": "translation" if data_args.source_lang else "summarization",
     }
     if data_args.source_lang:
@@ -96,7 +104,7 @@ def main(
         model=model,
         args=training_args,
         card=card,
-        consistency_samples=data_args.consistency_samples,
+        consistency_samples=report_args.consistency_samples,
         train_dataset=data.get("train"),
         eval_dataset=data.get("validation"),
         processing_class=tokenizer,

@@ -31,19 +31,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from transformers import PrinterCallback, ProgressCallback, Trainer
+
 import run_clm
 import run_glue
 import run_image_classification
 import run_ner
 import run_translation
-from common import LOWER_IS_BETTER, cli, option_names
-from rich.console import Console
-from run_queue import check_same_comparison, sole_user
-from sweep_report import Sweep, Trial, terminal_table, write_report
-from sweep_search import LOG_SCALE, run_trials
-from transformers import PrinterCallback, ProgressCallback, Trainer
-
+from finetuning.results import LOWER_IS_BETTER
+from finetuning.run import cli, option_names
 from hf_rdrop.loss import check_alpha
+from reporting.folder import check_same_comparison, sole_user
+from sweeping.report import Sweep, Trial, terminal_table, write_report
+from sweeping.search import LOG_SCALE, run_trials
 
 SCRIPTS = {
     "run_clm.py": run_clm,

@@ -3,24 +3,22 @@
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-import script_data as made
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType
-from conftest import make_model, make_rows
 from safetensors.torch import load_file
 
 from hf_rdrop import RDropTrainer, RDropTrainingArguments
+from support import ROOT
+from support import script_data as made
+from support.processes import CONFIGS, launcher
+from support.training import make_model, make_rows
 
-ROOT = Path(__file__).parent.parent
-CONFIGS = ROOT / "scripts" / "accelerate"
 TYPES = {
     "cpu": DistributedType.MULTI_GPU,  # its way to start several processes; the script's --use_cpu makes it gloo's
     "ddp": DistributedType.MULTI_GPU,
@@ -28,13 +26,6 @@ TYPES = {
     "deepspeed_zero2": DistributedType.DEEPSPEED,
     "deepspeed_zero3": DistributedType.DEEPSPEED,
 }
-
-
-def launcher(config, *more):
-    """`accelerate launch` with one of our configurations, as arguments of `python -m`."""
-    with socket.create_server(("127.0.0.1", 0)) as server:  # a port that is free (accelerate 1.3 takes no 0 for it)
-        port = str(server.getsockname()[1])
-    return "accelerate.commands.launch", "--config_file", str(CONFIGS / config), "--main_process_port", port, *more
 
 
 def test_every_configuration_is_known_here():

@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from reference import naive_agreement, pairs
 
 from hf_rdrop.agreements import (
     OUTPUT_AGREEMENTS,
@@ -20,6 +19,7 @@ from hf_rdrop.agreements import (
     symmetric_kl,
 )
 from hf_rdrop.functional import AGREEMENTS
+from support.reference import naive_agreement, pairs
 
 SINGLE, MULTI, REGRESSION = AGREEMENTS
 NO_REGRESSION = (jensen_shannon, squared_probabilities)

@@ -4,11 +4,11 @@ import types
 
 import pytest
 import torch
-from conftest import make_collator, make_model, make_rows, step_logs, train
 from transformers import BartConfig, BartForSequenceClassification, BertConfig, BertModel, BertPreTrainedModel
 
 from hf_rdrop import RDropTrainer, RDropTrainingArguments
 from hf_rdrop.objective.heads import resolve_head
+from support.training import make_collator, make_model, make_rows, step_logs, train
 
 
 def refuse(model, message, head="single", rows=None, **args):

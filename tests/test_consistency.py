@@ -8,8 +8,6 @@ import weakref
 
 import pytest
 import torch
-from conftest import HEADS, VOCAB, make_collator, make_model, make_rows
-from reference import naive_bernoulli_kl, naive_cross_entropy, naive_softmax, naive_symmetric_kl, pairs
 from sklearn.metrics import f1_score
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,6 +19,8 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from hf_rdrop import measure_consistency
 from hf_rdrop.consistency.pass_sums import PassSums
 from hf_rdrop.objective.heads import Head
+from support.reference import naive_bernoulli_kl, naive_cross_entropy, naive_softmax, naive_symmetric_kl, pairs
+from support.training import HEADS, VOCAB, make_collator, make_model, make_rows
 
 
 def load(head, model, rows=13, batch_size=5):
@@ -160,7 +160,7 @@ def test_equals_a_reference_that_keeps_all_logits(head, dtype):
 
 
 def test_distances_are_those_of_the_training_objective():
-    """The same sKL as in tests/reference.py, and as R-Drop's own agreement between two passes."""
+    """The same sKL as in tests/support/reference.py, and as R-Drop's own agreement between two passes."""
     a, b = [0.3, -1.0, 2.0], [1.1, 0.4, -0.2]
     p, q = naive_softmax(a), naive_softmax(b)
     assert distance("single", p, q) == pytest.approx(naive_symmetric_kl(a, b))

@@ -5,9 +5,6 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from benchmark_measure import peak_bytes
-from benchmark_steps import FUSED, PLAIN, RDROP, Sizes, make_batch, step_arms
-from fit_cost_model import Measured, errors, fit
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
@@ -22,6 +19,9 @@ from transformers import (
     MarianMTModel,
 )
 
+from benchmarking.measure import peak_bytes
+from benchmarking.steps import FUSED, PLAIN, RDROP, Sizes, make_batch, step_arms
+from fit_cost_model import Measured, errors, fit
 from hf_rdrop.batch import repeat_batch
 from hf_rdrop.cost import Machine, Step, peak_memory, predict_cost, step_flops
 from hf_rdrop.cost.model_shape import decoder_shape, describe_model

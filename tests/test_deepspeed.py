@@ -4,10 +4,10 @@ import importlib.util
 
 import pytest
 import torch
-from deepspeed_worker import CASES
-from distributed_worker import make_any_model, run
-from test_accelerate import launcher
-from test_distributed import launch
+
+from support.deepspeed_worker import CASES
+from support.distributed_worker import make_any_model, run
+from support.processes import launch, launcher
 
 
 @pytest.mark.slow

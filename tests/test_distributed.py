@@ -1,47 +1,15 @@
 """Two processes (DDP over gloo) give the loss, the logs and the gradients of one."""
 
-import os
-import subprocess
-import sys
 from functools import cache
 from itertools import chain
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import InOrder
-from distributed_worker import DDP_OPTIONS, PARTS, R_DROP, UNEVEN, run
 
 from hf_rdrop.dropout import draw_own_masks
-
-TESTS = Path(__file__).parent
-
-
-TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-
-
-def launch(worker, output, *arguments, launcher=TORCHRUN, **environment):
-    """Run a worker on two processes; what they saved."""
-    command = [sys.executable, "-m", *launcher, TESTS / worker, output, *arguments]
-    path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment, "PYTHONPATH": path}
-    process = subprocess.run(command, env=env, capture_output=True, text=True, timeout=1200, check=False)
-    assert process.returncode == 0, process.stderr[-4000:]
-    return torch.load(output, weights_only=False)
-
-
-def assert_same(found, expected, rel=2e-5):
-    """Logs and whole gradients of every step."""
-    assert len(found["logs"]) == len(expected["logs"]) >= 1
-    for ours, theirs in zip(found["logs"], expected["logs"], strict=True):
-        assert ours == pytest.approx(theirs, rel=rel, abs=1e-6)
-    for ours, theirs in zip(found["gradients"], expected["gradients"], strict=True):
-        assert ours.keys() == theirs.keys()
-        limit = rel * max(gradient.abs().max() for gradient in theirs.values())
-        for name, gradient in theirs.items():
-            torch.testing.assert_close(
-                ours[name], gradient, rtol=0, atol=float(limit), msg=lambda m, n=name: f"{n}: {m}"
-            )
+from support.distributed_worker import DDP_OPTIONS, PARTS, R_DROP, UNEVEN, run
+from support.processes import assert_same, launch
+from support.training import InOrder
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,10 @@ import logging
 
 import pytest
 import torch
-from conftest import InOrder, make_model, make_rows, step_logs, train
 from transformers import TrainerCallback
 
 from hf_rdrop import RDropSeq2SeqTrainer, RDropTrainer
+from support.training import InOrder, make_model, make_rows, step_logs, train
 
 TINY = 1e-9  # a dropout rate that makes a model stochastic on paper and never drops anything
 

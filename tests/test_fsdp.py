@@ -5,10 +5,10 @@ from functools import cache
 
 import pytest
 from accelerate.utils import FullyShardedDataParallelPlugin
-from distributed_worker import make_any_model, run
-from fsdp_worker import PARTS
-from test_accelerate import launcher
-from test_distributed import assert_same, launch
+
+from support.distributed_worker import make_any_model, run
+from support.fsdp_worker import PARTS
+from support.processes import assert_same, launch, launcher
 
 pytestmark = pytest.mark.skipif(
     "fsdp_version" not in inspect.signature(FullyShardedDataParallelPlugin).parameters,

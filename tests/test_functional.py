@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from reference import naive_bernoulli_kl, naive_symmetric_kl, pairs, torch_reference
 
 from hf_rdrop.functional import AGREEMENTS, bernoulli_agreement, softmax_agreement, squared_agreement, symmetric_kl
+from support.reference import naive_bernoulli_kl, naive_symmetric_kl, pairs, torch_reference
 
 
 def draw(*shape, seed=0, scale=2.0, dtype=torch.float64):

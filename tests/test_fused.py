@@ -5,14 +5,14 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from benchmark_measure import peak_bytes
-from reference import torch_reference
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarking.measure import peak_bytes
 from hf_rdrop import RDropLoss
 from hf_rdrop.functional import softmax_agreement
 from hf_rdrop.fused import blocks as fused_blocks
 from hf_rdrop.fused import linear_rdrop_loss
+from support.reference import torch_reference
 
 
 def make_case(passes=2, items=7, width=5, vocabulary=11, dtype=torch.float64, bias=True, ignored=0.3, seed=0):

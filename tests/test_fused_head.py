@@ -7,10 +7,9 @@ import peft
 import pytest
 import torch
 import transformers
-from benchmark_measure import peak_bytes
-from conftest import make_model, make_rows, step_logs, train
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
+from benchmarking.measure import peak_bytes
 from hf_rdrop import (
     RDropMixin,
     RDropSeq2SeqTrainer,
@@ -18,6 +17,7 @@ from hf_rdrop import (
     RDropTrainer,
     RDropTrainingArguments,
 )
+from support.training import make_model, make_rows, step_logs, train
 
 SIZES = {
     "vocab_size": 40,

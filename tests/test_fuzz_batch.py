@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fuzzing import cases, normal, subset
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -26,6 +25,7 @@ from transformers import (
 from hf_rdrop.batch import first_rows, get_batch_size, map_tensors, repeat_batch, stack_passes
 from hf_rdrop.objective.heads import find_logits, resolve_head, valid_items
 from hf_rdrop.trunk import SharedTrunk
+from support.fuzzing import cases, normal, subset
 
 Pair = collections.namedtuple("Pair", "key value")
 

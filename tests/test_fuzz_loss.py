@@ -8,13 +8,13 @@ import math
 
 import pytest
 import torch
-from fuzzing import DTYPES, ITEMS, cases, normal, subset
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_rdrop.functional import AGREEMENTS, bernoulli_agreement, softmax_agreement, squared_agreement, symmetric_kl
 from hf_rdrop.fused import linear_rdrop_loss
 from hf_rdrop.loss import RDropLoss
+from support.fuzzing import DTYPES, ITEMS, cases, normal, subset
 
 SOFTMAX, BERNOULLI, SQUARED = AGREEMENTS
 SCALES = [1e-4, 1.0, 30.0, 1e4]

@@ -1,5 +1,5 @@
-"""Heads beside those of `conftest.HEADS`: question answering, multiple choice, language models, images, sound, plain
-modules, and what `logits_for_agreement` makes of any model's outputs."""
+"""Heads beside those of `support.training.HEADS`: question answering, multiple choice, language models, images, sound,
+plain modules, and what `logits_for_agreement` makes of any model's outputs."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -7,9 +7,6 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import InOrder, make_model, make_rows, step_logs
-from head_models import ANSWERS, SIZES, TOKENS, build, rates, rows_of
-from reference import torch_reference
 from torch import nn
 from transformers import (
     BertConfig,
@@ -24,6 +21,9 @@ from transformers import (
 from hf_rdrop import RDropTrainer, RDropTrainingArguments, measure_consistency
 from hf_rdrop.batch import repeat_batch
 from hf_rdrop.objective.heads import find_labels, find_logits
+from support.head_models import ANSWERS, SIZES, TOKENS, build, rates, rows_of
+from support.reference import torch_reference
+from support.training import InOrder, make_model, make_rows, step_logs
 
 TINY = 1e-9  # a dropout rate that makes a model stochastic on paper and never drops anything
 

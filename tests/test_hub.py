@@ -15,13 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import run_glue
-import run_ner
-import run_translation
-import script_data as made
 import torch
-from conftest import make_collator, make_model, make_rows
-from hub_server import Hub, environment, use_hub
 from huggingface_hub import HfApi, snapshot_download
 from safetensors.torch import load
 from transformers import (
@@ -31,7 +25,13 @@ from transformers import (
     TrainerCallback,
 )
 
+import run_glue
+import run_ner
+import run_translation
 from hf_rdrop import RDropSeq2SeqTrainer, RDropSeq2SeqTrainingArguments, RDropTrainer, RDropTrainingArguments
+from support import script_data as made
+from support.hub_server import Hub, environment, use_hub
+from support.training import make_collator, make_model, make_rows
 
 MODEL = "tester/model"
 USER, HOST = "leakyuser", "leaky-host"

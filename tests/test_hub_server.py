@@ -5,7 +5,6 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
-from hub_server import Hub, run_program, use_hub
 from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -14,6 +13,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+
+from support.hub_server import Hub, run_program, use_hub
 
 WEIGHTS = os.urandom(300_000)
 

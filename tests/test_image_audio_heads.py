@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
-from conftest import step_logs
-from reference import torch_reference
-from short_runs import TINY
 
 from hf_rdrop import RDropTrainer, RDropTrainingArguments, measure_consistency
+from support.reference import torch_reference
+from support.short_runs import TINY
+from support.training import step_logs
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 VIT = {**SIZES, "image_size": 8, "patch_size": 4, "num_channels": 1}

@@ -3,10 +3,10 @@ plain Trainer where that one is right."""
 
 import pytest
 import torch
-from conftest import HEADS, make_model, make_rows, step_logs, train
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from hf_rdrop.training.item_counts import ItemCounts
+from support.training import HEADS, make_model, make_rows, step_logs, train
 
 SMOOTHED = [
     (head, smoothing)

@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from reference import naive_cross_entropy, naive_symmetric_kl, torch_reference
 from torch import nn
 
 from hf_rdrop import RDropLoss
 from hf_rdrop.agreements import OUTPUT_AGREEMENTS
 from hf_rdrop.batch import repeat_batch, split_passes
+from support.reference import naive_cross_entropy, naive_symmetric_kl, torch_reference
 
 
 def draw(*shape, seed=0, dtype=torch.float64):

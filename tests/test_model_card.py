@@ -10,8 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import HEADS, make_model, make_rows, train
-from head_models import build, rows_of
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from PIL import Image
@@ -36,8 +34,11 @@ from hf_rdrop.cards.facts import describe_head, dropout_rates
 from hf_rdrop.cards.history import MAX_ROWS, curves_part, last_evaluation
 from hf_rdrop.cards.markdown import inline, is_hub_id, number, public, table
 from hf_rdrop.consistency import Score
+from support import ROOT
+from support.head_models import build, rows_of
+from support.training import HEADS, make_model, make_rows, train
 
-SHORT = Path(__file__).parents[1] / "model_cards" / "reference" / "short"
+SHORT = ROOT / "model_cards" / "reference" / "short"
 MORE = ("question", "choice", "image", "audio")  # heads of head_models.py
 DATA = {"dataset_tags": "glue", "dataset": "GLUE MRPC", "dataset_args": "mrpc", "language": "en"}
 
@@ -406,14 +407,18 @@ def test_the_scores_of_the_weights_as_they_are(tmp_path):
     state = trainer.state
     within = [{"step": s, "epoch": s, "eval_accuracy": s / 10, "eval_loss": 1.0} for s in (1, 2, 3)]
     state.log_history = [*within, {"train_runtime": 1.0, "step": 4}]
-    assert last_evaluation(trainer) == {"metrics": {"accuracy": 0.3, "loss": 1.0}, "step": 3, "best": False}
+    assert last_evaluation(trainer.state, trainer.args) == {
+        "metrics": {"accuracy": 0.3, "loss": 1.0},
+        "step": 3,
+        "best": False,
+    }
     assert "at step 3 of 4" in card(trainer)
     trainer.args.load_best_model_at_end, state.best_global_step = True, 2
-    assert last_evaluation(trainer)["metrics"]["accuracy"] == 0.2
+    assert last_evaluation(trainer.state, trainer.args)["metrics"]["accuracy"] == 0.2
     assert "the best checkpoint" in card(trainer)
     # several evaluation sets give several lines; what was measured after training counts most
     state.log_history += [{"step": 4, "eval_a_accuracy": 0.7}, {"step": 4, "eval_b_accuracy": 0.8}]
-    assert last_evaluation(trainer)["metrics"] == {"a_accuracy": 0.7, "b_accuracy": 0.8}
+    assert last_evaluation(trainer.state, trainer.args)["metrics"] == {"a_accuracy": 0.7, "b_accuracy": 0.8}
 
 
 def test_economies_and_an_inert_term_are_told(tmp_path):

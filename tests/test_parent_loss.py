@@ -5,12 +5,12 @@ import contextlib
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_model, make_rows, step_logs, train
-from short_runs import ALPHA, TINY, refuse, run, values
 from torch import nn
 from transformers import PretrainedConfig, Trainer
 
 from hf_rdrop import RDropMixin, RDropTrainer
+from support.short_runs import ALPHA, TINY, refuse, run, values
+from support.training import make_model, make_rows, step_logs, train
 
 # ---- the objective of others ----
 

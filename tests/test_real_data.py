@@ -5,15 +5,17 @@ import json
 import math
 from pathlib import Path
 
-import init_model
 import pytest
+
+import init_model
 import run_glue
 import run_ner
 import run_translation
-from data_files import read_table
+from finetuning.files import read_table
+from support import ROOT
 
 pytestmark = pytest.mark.slow
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+DATA = ROOT.parent / "shared" / "data"
 QUICK = ["--use_cpu", "--bf16", "--disable_tqdm", "1", "--logging_steps", "5", "--save_strategy", "no"]
 
 

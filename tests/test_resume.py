@@ -15,19 +15,19 @@ import time
 from pathlib import Path
 from zipfile import ZipFile
 
-import common
-import faults
 import pytest
-import script_data as made
 import torch
-from conftest import make_model, make_rows, train
-from faults import finish, plain_run, script_run, start, wait_for
-from run_queue import Run, run_all
 from safetensors.torch import save_file
 
+from comparison.queue import Run, run_all
+from finetuning.run import cli, find_checkpoint
 from hf_rdrop import RDropTrainer
 from hf_rdrop.checkpoints import CheckpointError, check_checkpoint, find_damage, last_finished, saving
 from hf_rdrop.hub.push import CleanPushMixin, _remove_stale
+from support import ROOT, faults
+from support import script_data as made
+from support.faults import finish, plain_run, script_run, start, wait_for
+from support.training import make_model, make_rows, train
 
 SCHEDULE = {
     **{"max_steps": -1, "num_train_epochs": 3, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
@@ -207,16 +207,16 @@ def test_damage_is_named_and_the_previous_checkpoint_offered(checkpoints, name, 
     damage(before / "model.safetensors", "truncated")
     content = {path: path.read_bytes() for path in checkpoints.rglob("*") if path.is_file()}
     with pytest.raises(ValueError) as error:
-        common.find_checkpoint(str(checkpoints), str(last))
+        find_checkpoint(str(checkpoints), str(last))
     words = str(error.value)
     assert f"{last} is " in words and name in words
     assert f"--resume_from_checkpoint {checkpoints / 'checkpoint-8'}." in words
     if name == "trainer_state.json":  # killed while it saved: that must not stop what goes on by itself
         damage(before / "trainer_state.json", "missing")
-        assert common.find_checkpoint(str(checkpoints), "last") == str(checkpoints / "checkpoint-8")
+        assert find_checkpoint(str(checkpoints), "last") == str(checkpoints / "checkpoint-8")
     else:
         with pytest.raises(ValueError, match=name):
-            common.find_checkpoint(str(checkpoints), "last")
+            find_checkpoint(str(checkpoints), "last")
         assert content == {path: path.read_bytes() for path in checkpoints.rglob("*") if path.is_file()}
 
 
@@ -312,7 +312,7 @@ def test_a_file_system_without_room(glue, tmp_path):
     if not shutil.which("unshare") or subprocess.run([*mount, "true"], capture_output=True).returncode:
         pytest.skip("no file system may be mounted here")
     out = tmp_path / "out"
-    command = [sys.executable, common.__file__.replace("common", "run_glue"), *argv, "--output_dir", out]
+    command = [sys.executable, ROOT / "scripts" / "run_glue.py", *argv, "--output_dir", out]
     show = f'"$@"; code=$?; ls {out}; exit $code'  # what is left goes with the mount
     done = subprocess.run([*mount, "sh", "-c", show, "sh", *map(str, command)], capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
@@ -369,7 +369,7 @@ def sleep_in_a_temporary_folder(parent):
         with tempfile.TemporaryDirectory(dir=parent):
             time.sleep(60)
 
-    common.cli(main)
+    cli(main)
 
 
 def test_sigterm_leaves_no_temporary_folder(tmp_path):
@@ -412,9 +412,11 @@ def test_processes_agree_on_the_step_they_stop_after(glue, tmp_path):
     wrapper = tmp_path / "wrapper.py"
     wrapper.write_text(
         f"import sys, os; sys.path[:0] = {sys.path!r}\n"
-        "import faults, run_glue, common\n"
+        "import run_glue\n"
+        "from finetuning.run import cli\n"
+        "from support import faults\n"
         f"open({str(tmp_path)!r} + '/pid-' + os.environ['RANK'], 'w').write(str(os.getpid()))\n"
-        "faults.plan('slow', 0)\ncommon.cli(run_glue.main)\n"
+        "faults.plan('slow', 0)\ncli(run_glue.main)\n"
     )
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
     launch += ["--rdzv_endpoint", "127.0.0.1:0", wrapper, *argv, "--output_dir", out, "--save_steps", 100]

@@ -11,12 +11,12 @@ import pytest
 
 pytest.importorskip("evaluate", reason="hf_rdrop.metrics needs the scripts extra")
 
-import run_translation
-import script_data as made
-import translation_data
 from transformers import EvalPrediction
 
+import run_translation
 from hf_rdrop.metrics import Rouge
+from support import script_data as made
+from tasks import translation
 
 
 def f1(hits, predicted, expected):
@@ -99,7 +99,7 @@ def test_bad_input(predictions, references, message):
     ],
 )
 def test_sentences(text, lines):
-    assert translation_data.sentence_lines(text) == "\n".join(lines)
+    assert translation.sentence_lines(text) == "\n".join(lines)
 
 
 def test_lines_that_were_generated_are_sentences():
@@ -107,14 +107,14 @@ def test_lines_that_were_generated_are_sentences():
     texts = {0: "c d .\na x b", 1: "a b . c d e"}
     tokenizer = SimpleNamespace(pad_token_id=9, batch_decode=lambda ids, **_: [texts[row[0]] for row in ids])
     arguments = SimpleNamespace(target_lang=None, summary_column="summary")
-    score = translation_data.score_against([texts[1]], tokenizer, arguments)
+    score = translation.score_against([texts[1]], tokenizer, arguments)
     found = score(EvalPrediction(np.array([[0]]), None))
     assert (found["rougeL"], found["rougeLsum"], found["gen_len"]) == pytest.approx((40, 80, 1))
 
 
 def test_summaries_without_latin_letters_are_told(caplog):
     arguments = SimpleNamespace(target_lang=None, summary_column="summary")
-    translation_data.score_against(["猫。", "犬。"], None, arguments)
+    translation.score_against(["猫。", "犬。"], None, arguments)
     assert "ROUGE counts words of the letters a to z" in caplog.text
 
 

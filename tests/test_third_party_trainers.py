@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from conftest import make_rows, step_logs
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -17,6 +16,7 @@ from transformers import (
 )
 
 from hf_rdrop import RDropArguments, RDropMixin
+from support.training import make_rows, step_logs
 
 ALPHA = 2.0
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{i}" for i in range(36))]

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import InOrder, make_collator, make_model, make_rows, step_logs, train
-from reference import torch_reference
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_rdrop import RDropMixin, RDropSeq2SeqTrainer, RDropTrainer, RDropTrainingArguments, inspect_dropout
+from support.reference import torch_reference
+from support.training import InOrder, make_collator, make_model, make_rows, step_logs, train
 
 PROBLEM_TYPES = {"multi": "multi_label_classification", "regression": "regression"}
 

@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import InOrder, make_model, make_rows, train
-from short_runs import ALPHA, make_llama, refuse, run, values
 from torch import nn
 from transformers import DataCollatorWithFlattening
 
 from hf_rdrop import RDropTrainer
+from support.short_runs import ALPHA, make_llama, refuse, run, values
+from support.training import InOrder, make_model, make_rows, train
 
 
 def record_inputs(model):

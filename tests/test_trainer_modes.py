@@ -5,8 +5,6 @@ import logging
 
 import pytest
 import torch
-from conftest import HEADS, VOCAB, InOrder, make_collator, make_model, make_rows, step_logs, train
-from short_runs import ALPHA, TINY, make_llama, refuse, run, values
 from transformers import (
     AutoConfig,
     AutoModelForSeq2SeqLM,
@@ -17,6 +15,8 @@ from transformers import (
 )
 
 from hf_rdrop import RDropTrainer, inspect_dropout, set_dropout
+from support.short_runs import ALPHA, TINY, make_llama, refuse, run, values
+from support.training import HEADS, VOCAB, InOrder, make_collator, make_model, make_rows, step_logs, train
 
 # ---- memory and speed ----
 

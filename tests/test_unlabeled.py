@@ -3,11 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import InOrder, make_model, make_rows, step_logs, train
-from distributed_worker import TINY, hide_labels, make_any_model, make_any_rows, make_passes_differ, run
-from reference import torch_reference
-from short_runs import ALPHA, refuse
-from test_distributed import assert_same
 from torch import nn
 from transformers import (
     BertConfig,
@@ -22,6 +17,11 @@ from transformers import (
 
 from hf_rdrop import RDropMixin, RDropTrainer, RDropTrainingArguments
 from hf_rdrop.objective.heads import ANSWER, items_to_compare
+from support.distributed_worker import TINY, hide_labels, make_any_model, make_any_rows, make_passes_differ, run
+from support.processes import assert_same
+from support.reference import torch_reference
+from support.short_runs import ALPHA, refuse
+from support.training import InOrder, make_model, make_rows, step_logs, train
 
 SEMI = {"rdrop_alpha": ALPHA, "rdrop_unlabeled": True}
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}

@@ -7,9 +7,9 @@ import math
 
 import pytest
 import torch
-from common import parse_arguments
 from transformers import HfArgumentParser
 
+from finetuning.run import parse_arguments
 from hf_rdrop import RDropArguments, RDropSeq2SeqTrainingArguments, RDropTrainingArguments
 from hf_rdrop.training.settings import Settings
 from hf_rdrop.training_args import REMOVED

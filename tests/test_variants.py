@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from conftest import HEADS, make_collator, make_model, make_rows, step_logs, train
 from transformers import (
     LlamaConfig,
     LlamaForSequenceClassification,
@@ -16,6 +15,7 @@ from hf_rdrop.agreements import OUTPUT_AGREEMENTS, hidden_state_agreement
 from hf_rdrop.contrastive import info_nce_agreement, pool
 from hf_rdrop.dropout import inspect_dropout
 from hf_rdrop.objective.heads import find_logits, resolve_head
+from support.training import HEADS, make_collator, make_model, make_rows, step_logs, train
 
 TINY = 1e-9
 

@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..consistency import Consistency
 from .markdown import NOTHING, inline, number, spread, table
 
 #: The format of comparison.json that is written, and the newest that is read.
@@ -189,7 +188,8 @@ def read_consistency(source: Any) -> dict[str, Any] | None:
     """
     if source is None:
         return None
-    found = source.to_dict() if isinstance(source, Consistency) else _load(source, "the consistency", _CONSISTENCY)
+    # (By its method and not by its class, whose import would load torch for whoever reads a file.)
+    found = source.to_dict() if hasattr(source, "to_dict") else _load(source, "the consistency", _CONSISTENCY)
     return _checked(lambda: _consistency_part(found), "the consistency", _CONSISTENCY)
 
 

@@ -1,6 +1,7 @@
-"""What compare.py is made of.
+"""Parts of compare.py.
 
 - What is asked for: `config` (command line and YAML), `arms` (tasks, arms, candidates), `tuning`, `demo`.
-- What comes out: `results` (JSON, and everything below), `rows` with `cost` and `statistics` (from runs to figures),
-  `report` and `tables` (markdown, terminal), `plots`, `curves` and `style`.
+- What runs: `queue`.
+- What comes out: `runs` (comparison.json, and everything below), `figures` with `cost` and `statistics`, `report` and
+  `tables` (markdown, terminal), `plots` and `curves`, `cards` (of reference runs), `history` (log lines).
 """

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 import yaml
-from data_files import closest
-from run_queue import visible_gpus
 
 from comparison.arms import BUILT_IN, SCRIPTS, Arm, Task, check_task, make_arms, split_line
 from comparison.demo import demo_tasks
+from comparison.queue import visible_gpus
+from finetuning.run import closest
 
 # What a YAML file may say, and of what type.
 TEXT, LIST, MAPPING = ("text", str), ("a list", list), ("a mapping", dict)

@@ -8,11 +8,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
+from comparison.figures import GREY, RDROP, direction, points, trial_scores
 from comparison.history import as_lines
-from comparison.rows import RDROP, direction, points, trial_scores
 from comparison.statistics import BASELINE
-from comparison.style import DPI, GREYS, fullest, panels, save, styles, tidy
-from comparison.tables import plain, scored_name
+from comparison.tables import scored_name
+from reporting.markdown import plain
+from reporting.style import DPI, fullest, panels, save, styles, tidy
 
 Choices = Mapping[tuple[str, str], Mapping[str, Any]]
 
@@ -29,7 +30,7 @@ def plot_curves(runs: Sequence[Mapping[str, Any]], tasks: Sequence[str], arms: S
     shown = [task for task in tasks if any(key[0] == task for key in curves)]
     if not shown:
         return False
-    look, width = styles(arms), max(5.0, 1.8 * len(shown) + 0.8)
+    look, width = styles(arms, GREY), max(5.0, 1.8 * len(shown) + 0.8)
     figure, axes = plt.subplots(
         2,
         len(shown),
@@ -96,13 +97,14 @@ def plot_alphas(choices: Choices, tasks: Mapping[str, str], path: Path) -> bool:
             swept.setdefault(task, {})[arm] = scored
     if not swept:
         return False
-    look = styles(list(dict.fromkeys([BASELINE, RDROP, *(arm for of_task in swept.values() for arm in of_task)])))
+    arms = [BASELINE, RDROP, *(arm for of_task in swept.values() for arm in of_task)]
+    look = styles(list(dict.fromkeys(arms)), GREY)
     figure, axes = panels(len(swept), fullest(2, 3, len(swept)), 3, 2.7)
     for axis, (task, of_task) in zip(axes, swept.items(), strict=True):
         scale, better = points(tasks[task]), max if direction(tasks[task]) > 0 else min
         plain_scores = [score for _, score in trial_scores(choices.get((task, BASELINE), {}).get("trials", ()))]
         if plain_scores:
-            axis.axhline(scale * better(plain_scores), color=GREYS[BASELINE], linestyle="--", linewidth=1.2)
+            axis.axhline(scale * better(plain_scores), color=look[BASELINE].colour, linestyle="--", linewidth=1.2)
         alphas = sorted({settings["rdrop_alpha"] for scored in of_task.values() for settings, _ in scored})
         for arm, scored in of_task.items():
             colour, marker, line = look[arm]
@@ -121,7 +123,7 @@ def plot_alphas(choices: Choices, tasks: Mapping[str, str], path: Path) -> bool:
     arms = list(dict.fromkeys(arm for of_task in swept.values() for arm in of_task))
     handles = [plt.Line2D([], [], color=look[a].colour, marker=look[a].marker, linestyle=look[a].line) for a in arms]
     handles += [plt.Line2D([], [], color="#777777", marker="*", linestyle="", markersize=10)]
-    handles += [plt.Line2D([], [], color=GREYS[BASELINE], linestyle="--")]
+    handles += [plt.Line2D([], [], color=look[BASELINE].colour, linestyle="--")]
     handles += [plt.Line2D([], [], color="#777777", marker="o", linestyle="", markersize=4, alpha=0.4)]
     names = [*(f"{arm}, best at each alpha" for arm in arms), "best of all", "best of the baseline", "other settings"]
     figure.legend(

@@ -3,11 +3,14 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import demo_data
-import init_model
 from transformers.utils import logging
 
 from comparison.arms import Task
+from demo.corpora import SIZES as CORPORA
+from demo.corpora import write_demo_data
+from finetuning.run import parse_arguments
+from from_scratch.arguments import InitModelArguments
+from from_scratch.model import init_model
 
 # Model and training of each demo task: sizes for init_model.py, then the script's own arguments. They were chosen by
 # looking at plain training: long enough that it overfits and its score has stopped rising. (Translation had 20 epochs
@@ -46,7 +49,7 @@ def demo_tasks(folder: Path, alpha: float | None) -> list[Task]:
     common += ["--disable_tqdm", "True", "--logging_steps", "10"]
 
     def task(name: str, script: str, metric: str, paper_alpha: float) -> Task:
-        splits = ("train", "validation") if name in demo_data.SIZES else ()
+        splits = ("train", "validation") if name in CORPORA else ()
         data = [f"--{split}_file={folder}/data/{name}/{split}.jsonl" for split in splits]
         model = f"--model_name_or_path={folder}/models/{name}-{{seed}}"
         return Task(
@@ -64,10 +67,11 @@ def demo_tasks(folder: Path, alpha: float | None) -> list[Task]:
 def write_demo_inputs(folder: Path, seeds: Sequence[int]) -> None:
     """The demo's corpora, and for each task and seed random weights and a tokenizer; the same bytes every time."""
     logging.disable_progress_bar()
-    data = demo_data.write_demo_data(folder / "data", seed=0)
+    data = write_demo_data(folder / "data", seed=0)
     for name, model in MODELS.items():
         for seed in seeds:
             output = folder / "models" / f"{name}-{seed}"
             if not output.exists():
                 text = ["--train_files", str(data[name]["train"])] if name in data else []
-                init_model.main([*text, "--output_dir", str(output), "--seed", str(seed), *SIZES, *model])
+                line = [*text, "--output_dir", str(output), "--seed", str(seed), *SIZES, *model]
+                init_model(*parse_arguments([InitModelArguments], line, None))

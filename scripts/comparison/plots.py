@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from comparison.curves import Choices, plot_alphas, plot_curves
-from comparison.rows import AVERAGE, Report
+from comparison.figures import AVERAGE, GREY, Report
 from comparison.statistics import BASELINE
-from comparison.style import fullest, panels, place_labels, save, styles, tidy
 from comparison.tables import short_name
+from reporting.style import fullest, panels, place_labels, save, styles, tidy
 
 
 def plot_all(
@@ -32,7 +32,7 @@ def plot_gains(report: Report, path: Path) -> bool:
     if not tables:
         return False
     arms = [arm for arm in dict.fromkeys(row.arm for row in report.rows) if arm != BASELINE]
-    look = styles([BASELINE, *arms])
+    look = styles([BASELINE, *arms], GREY)
     figure, axes = panels(len(tables), fullest(3, 4, len(tables)), 2.6, 0.26 * len(arms) + 0.8, sharey=True)
     for axis, (task, rows) in zip(axes, tables.items(), strict=True):
         axis.axvline(0, color="#444444", linewidth=1)
@@ -60,7 +60,7 @@ def plot_pareto(report: Report, path: Path) -> bool:
             tables[task] = [(BASELINE, 1.0, 0.0, None), *((r.arm, r.cost.time, r.gain.mean, r.gain) for r in rows)]
     if not tables:
         return False
-    look = styles(list(dict.fromkeys(row.arm for row in report.rows)))
+    look = styles(list(dict.fromkeys(row.arm for row in report.rows)), GREY)
     figure, axes = panels(len(tables), 2, 4.5, 3)
     for axis, (task, found) in zip(axes, tables.items(), strict=True):
         axis.axhline(0, color="#444444", linewidth=0.8)

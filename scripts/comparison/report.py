@@ -9,25 +9,22 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from comparison.rows import AVERAGE, Report, points, trial_scores
+from comparison.figures import AVERAGE, Report, points, trial_scores
 from comparison.statistics import MIN_SEEDS, SIGNIFICANT
 from comparison.tables import (
-    NOTHING,
     control_table,
     cost_table,
     gain,
     metrics_of,
-    number_cell,
     p_cell,
-    plain,
     scored_name,
     secondary_tables,
     seed_table,
     spread,
     summary,
-    table_lines,
     task_table,
 )
+from reporting.markdown import NOTHING, number_cell, plain, table_lines
 
 
 def markdown(

@@ -1,12 +1,11 @@
 """The tables of a comparison's markdown report."""
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable
 
-from comparison.rows import AVERAGE, CONTROLS, Report, Row, direction
+from comparison.figures import AVERAGE, CONTROLS, Report, Row, direction
 from comparison.statistics import BASELINE, SIGNIFICANT, Difference
-from hf_rdrop.cards.markdown import NOTHING, table
+from reporting.markdown import NOTHING, number_cell, table_lines
 
 # ---- Cells ----
 
@@ -33,20 +32,6 @@ def p_cell(value: float | None, mark: bool = False) -> str:
     return f"**{text}**" if mark and value < SIGNIFICANT else text
 
 
-def number_cell(value: float | None, form: str, unit: str = "") -> str:
-    """A number in a format, if there is one."""
-    return NOTHING if value is None else f"{value:{form}}{unit}"
-
-
-def plain(value: Any) -> str:
-    """A value, or a dict or list of values, as a text."""
-    if isinstance(value, Mapping):
-        return ", ".join(f"{name} {plain(inner)}" for name, inner in value.items())
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(plain, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
 def short_name(metric: str) -> str:
     """A metric's name for a reader."""
     return metric.removeprefix("eval_").replace("_", " ")
@@ -55,11 +40,6 @@ def short_name(metric: str) -> str:
 def scored_name(metric: str) -> str:
     """The name of the metric that decides, with its direction where that is not the usual one."""
     return short_name(metric) + (", lower is better" if direction(metric) < 0 else "")
-
-
-def table_lines(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a markdown table."""
-    return table(columns, rows).split("\n")
 
 
 # ---- Tables ----

@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-from run_queue import Run
-
 from comparison.arms import BUILT_IN, Arm, candidates, run_arguments
 from comparison.config import Comparison
-from comparison.rows import direction, trial_scores
+from comparison.figures import direction, trial_scores
+from comparison.queue import Run
 
 Trials = dict[Run, dict[str, Any]]  # the settings that each tuning run tries, with its arm
 Choices = dict[tuple[str, str], dict[str, Any]]  # by task and arm: settings, trials, taken_from

@@ -1,0 +1,1 @@
+"""The benchmark: what is timed (`loss`, `steps`, `precision`), how (`measure`), and the report (`report`, `plots`)."""

@@ -1,0 +1,168 @@
+"""Start a script: its command line, its errors, its log, its output folder and the checkpoint to go on from."""
+
+import difflib
+import json
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from transformers import HfArgumentParser, TrainingArguments, set_seed
+
+from hf_rdrop.checkpoints import check_checkpoint, last_finished
+from hf_rdrop.sigterm import STATUS
+from hf_rdrop.training_args import check_removed
+
+RESUME_OPTION = "--resume_from_checkpoint {}"
+
+
+# ---- Command line ----
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> None:
+        raise ValueError(message)  # instead of hundreds of lines of usage
+
+
+def parse_arguments(classes: Sequence[type], argv: list[str] | None, description: str | None) -> list[Any]:
+    """Fill the dataclasses from the command line, or from the single .json file that it names.
+
+    Raises:
+        ValueError: an argument is unknown, removed, missing, of the wrong type or out of range.
+    """
+    parser = _Parser(classes, description=(description or "").replace("%", "%%"), allow_abbrev=False)
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if len(argv) == 1 and argv[0].endswith(".json"):
+        argv = _json_arguments(parser, Path(argv[0]))
+    *parsed, unknown = parser.parse_args_into_dataclasses(
+        argv, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        check_removed(map(option_name, unknown))
+        known = [option for action in parser._actions for option in action.option_strings]
+        raise ValueError(f"unknown argument {unknown[0]}{closest(unknown[0], known)}. --help lists all arguments.")
+    return parsed
+
+
+def option_name(argument: str) -> str:
+    """The name in `--name` or `--name=value`, with _ where the scripts also take -; empty for what is no option."""
+    return argument.partition("=")[0][2:].replace("-", "_") if argument.startswith("--") else ""
+
+
+def option_names(arguments: Sequence[str]) -> set[str]:
+    """The names of the options among the arguments."""
+    return {option_name(argument) for argument in arguments} - {""}
+
+
+def without_folders(argument: str) -> str:
+    """An argument as it can be shown to others: what lies on this machine by its last name only."""
+    name, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    return f"{name}{equals}{Path(value).name if value and Path(value).exists() else value}"
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """` (did you mean 'x'?)`, or nothing when no known name is near."""
+    if len(str(name)) > 100:  # no name, and comparing it would take long
+        return ""
+    near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def _json_arguments(parser: HfArgumentParser, file: Path) -> list[str]:
+    """Turn an argument file into a command line, so that both are checked in the same way."""
+    try:
+        values = json.loads(file.read_text("utf-8"))
+    except OSError as error:
+        raise ValueError(f"the argument file {file} cannot be read ({error.strerror}).") from error
+    except ValueError as error:
+        raise ValueError(f"the argument file {file} is malformed JSON ({error}).") from error
+    if not isinstance(values, dict):
+        raise ValueError(f'the argument file {file} must hold one JSON object such as {{"rdrop_alpha": 1.0}}.')
+    actions = {action.dest: action for action in parser._actions}
+    argv = []
+    check_removed(values)
+    for name, value in values.items():
+        if name not in actions:
+            raise ValueError(f"unknown argument {name!r} in {file}{closest(name, actions)}.")
+        if isinstance(value, list):
+            actions[name].nargs = "+"
+            argv += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            argv.append(f"--{name}={value if isinstance(value, str) else json.dumps(value)}")
+    return argv
+
+
+def cli(main: Callable[[], Any]) -> None:
+    """Run a script: an error of the user's ends it with one message and status 2, without a traceback."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(STATUS))  # not at once: temporary folders and locks go first
+    try:
+        main()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            # Left to the end of the interpreter, its threads may abort a process that has finished its work.
+            torch.distributed.destroy_process_group()
+    except (ValueError, OSError) as error:
+        if os.environ.get("HF_RDROP_DEBUG", "0") not in ("", "0"):
+            traceback.print_exc()
+        rank = os.environ.get("RANK", "0")
+        print(f"error{'' if rank == '0' else f' (rank {rank})'}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+# ---- Before training: nothing here changes anything on disk ----
+
+
+def start_run(args: TrainingArguments) -> str | None:
+    """Set up logging and seeds, check the output folder, and return the checkpoint to resume from, if any.
+
+    Raises:
+        ValueError: there is nothing to do, the output folder is in use, or there is no such checkpoint.
+    """
+    logging.basicConfig(
+        format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", datefmt="%m/%d/%Y %H:%M:%S", level=logging.WARN
+    )
+    # The package's loggers and those of the scripts: all are named hf_rdrop.*.
+    logging.getLogger("hf_rdrop").setLevel(logging.INFO if args.should_log else logging.ERROR)
+    if args.disable_tqdm or not args.should_log:
+        datasets.disable_progress_bars()
+    if args.enable_jit_checkpoint:
+        raise ValueError(
+            "--enable_jit_checkpoint is not needed: on SIGTERM the scripts save a checkpoint after the step and stop. "
+            "Leave it out."
+        )
+    if not (args.do_train or args.do_eval or args.do_predict):
+        raise ValueError("nothing to do: give at least one of --do_train, --do_eval and --do_predict.")
+    set_seed(args.seed)
+    return find_checkpoint(args.output_dir, args.resume_from_checkpoint, args.do_train)
+
+
+def find_checkpoint(output_dir: str, resume: str | None, training: bool = True) -> str | None:
+    """The checkpoint that `--resume_from_checkpoint` names; checks that a new run finds its output folder empty."""
+    folder = Path(output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output_dir {folder} is a file: the run needs a folder. Choose another name.")
+    if not training:
+        return None
+    if resume is None:
+        if folder.is_dir() and any(folder.iterdir()):
+            last = last_finished(folder)
+            go_on = f"go on from {last.name} with --resume_from_checkpoint last, or " if last else ""
+            raise ValueError(
+                f"--output_dir {folder} is not empty, and a new run would mix its files with those there. Nothing was "
+                f"changed. To train, {go_on}choose another folder (or empty this one yourself)."
+            )
+        return None
+    if resume.lower() in ("true", "last"):
+        if (last := last_finished(folder)) is None:
+            raise ValueError(
+                f"--resume_from_checkpoint {resume}: {folder} holds no complete checkpoint. Start anew in another "
+                "--output_dir, or name the folder of a checkpoint."
+            )
+        resume = str(last)
+    check_checkpoint(Path(resume), RESUME_OPTION)
+    return resume

@@ -1,0 +1,1 @@
+"""Models of init_model.py: arguments, configurations, tokenizer, image processor."""

@@ -1,0 +1,1 @@
+"""Reports of every kind: markdown tables, the look of pictures, output folders, consistency."""

@@ -1,0 +1,1 @@
+"""The search of sweep.py: its trials, and the report on them."""
