@@ -71,13 +71,15 @@ def check_format(found: Mapping[str, Any], what: str = "the comparison") -> None
         what: how to name it.
 
     Raises:
-        ValueError: it is of a newer one.
+        ValueError: it is of a newer one, or of none.
     """
     number = found.get("format", 1)
-    if not isinstance(number, int) or number > FORMAT:
+    if not isinstance(number, int):
+        raise ValueError(f"{what} is no comparison.json of compare.py: its format is {number!r}, no number.")
+    if number > FORMAT:
         raise ValueError(
-            f"{what} is of format {number!r}, and this hf_rdrop reads formats up to {FORMAT}: its figures could be "
-            "taken for others. Update hf_rdrop."
+            f"{what} has format {number}, and this hf_rdrop reads formats up to {FORMAT}: update it, or its figures "
+            "could be taken for others."
         )
 
 
