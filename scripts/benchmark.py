@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What R-Drop costs and what its economies save: time and memory as ratios, each measured within one run.
+"""Measure what R-Drop costs and what its economies save: time and memory as ratios, each within one run.
 
     python scripts/benchmark.py --output_dir outputs/benchmark
     python scripts/benchmark.py --sections steps --heads translation --repeats 9 --output_dir outputs/translation
@@ -81,7 +81,7 @@ def _help(text: str) -> dict[str, str]:
 
 @dataclass
 class BenchmarkArguments:
-    """What to measure, and on what."""
+    """Parts of the benchmark to measure, and the device."""
 
     output_dir: str = field(default="outputs/benchmark", metadata={"help": "Folder for tables, samples and plots."})
     overwrite: bool = field(default=False, metadata={"help": "Replace the benchmark that --output_dir holds."})

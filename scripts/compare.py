@@ -37,7 +37,7 @@ from reporting.folder import sole_user
 
 
 def plan(comparison: Comparison, choices: dict) -> list[Run]:
-    """All runs, the arms of one seed beside each other, so that a change in the machine's load meets them all."""
+    """List all runs, the arms of one seed beside each other, so that a change in the machine's load meets them all."""
     return [
         Run(
             task.name,

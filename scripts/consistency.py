@@ -46,17 +46,17 @@ OWN = ("model_name_or_path", "output_dir", "do_train", "do_eval", "do_predict", 
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments, checked; nothing on disk is changed."""
+    """Read and check the arguments; nothing on disk is changed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--script", choices=SCRIPTS, required=True, help="the script that fine-tuned the models")
+    parser.add_argument("--script", choices=SCRIPTS, required=True, help="training script that fine-tuned the models")
     parser.add_argument(
         "--models", nargs="+", required=True, metavar="NAME=FOLDER", help="saved models, with a name for each"
     )
     parser.add_argument("--num_samples", type=int, default=16, help="sub-models to draw, 2 or more (default: 16)")
-    parser.add_argument("--score", help="what to show beside the loss; default: f1, accuracy or pearson")
-    parser.add_argument("--output_dir", type=Path, required=True, help="where to write")
+    parser.add_argument("--score", help="score to show beside the loss; default: f1, accuracy or pearson")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder to write")
     parser.add_argument("arguments", nargs="*", help="after --: the script's arguments")
     args = parser.parse_args(argv)
     if args.num_samples < 2:

@@ -3,7 +3,7 @@
 
     python scripts/demo_data.py --output_dir outputs/demo_data --seed 0
 
-Every sentence is drawn from the small grammars of demo_grammars.py; the columns are named as on the Hub:
+Every sentence is drawn from the small grammars of demo/grammars.py; the columns are named as on the Hub:
 
 - classification (`sentence`, `label`): a review. The label is the opinion of the clause that counts, which negation
   turns round, and which a second clause ("although ...", "... but ...", "people say that ...") can contradict.
@@ -14,8 +14,8 @@ Every sentence is drawn from the small grammars of demo_grammars.py; the columns
 
 What makes them hard for a small model, as real small data sets are: few examples, words drawn with Zipf's law so that
 most are rare, sentences of the validation set never seen in training, and wrong labels in the training set only (the
-rates are in `NOISE`). The sizes and rates were set by looking at plain training alone (well above chance, well below
-perfect); no run with R-Drop had any part in choosing them.
+rates are in `NOISE` of demo/corpora.py). The sizes and rates were set by looking at plain training alone (well above
+chance, well below perfect); no run with R-Drop had any part in choosing them.
 """
 
 import argparse

@@ -6,8 +6,8 @@
 Prints the constants for hf_rdrop/cost.py, and how far the predictions are from the measured ratios before and after.
 """
 
+import argparse
 import json
-import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -34,7 +34,7 @@ class Measured(NamedTuple):
 
 
 def measured_arms(groups: Sequence[dict[str, Any]]) -> list[Measured]:
-    """The arms of training steps that the cost model predicts."""
+    """Return the arms of training steps that the cost model predicts."""
     found = []
     for group in groups:
         arms = [name for name, arm in group["arms"].items() if arm.get("prediction")]
@@ -73,7 +73,7 @@ def fit(arms: Sequence[Measured], start: Machine) -> Machine:
 
 
 def report(name: str, arms: Sequence[Measured], machine: Machine) -> None:
-    """One line on a machine's constants and their errors."""
+    """Write one line on a machine's constants and their errors."""
     size = np.abs(np.expm1(errors(arms, machine)))
     constants = ", ".join(f"{field}={value:.0f}" for field, value in machine._asdict().items())
     print(f"{name}: {constants}")
@@ -82,9 +82,12 @@ def report(name: str, arms: Sequence[Measured], machine: Machine) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> Machine:
-    files = sys.argv[1:] if argv is None else argv
-    if not files or files[0].startswith("-"):
-        raise ValueError("give one or more benchmark.json files, as scripts/benchmark.py writes them.")
+    """Fit the constants to the files, print them, and return them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "files", nargs="+", metavar="benchmark.json", help="files that scripts/benchmark.py has written"
+    )
+    files = parser.parse_args(argv).files
     transformers.logging.set_verbosity_error()
     results = []
     for file in files:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""A card for each task of a comparison: what was trained and how, what came out for every arm, what it cost.
+"""Write a card for each task of a comparison: what was trained and how, what came out for every arm, what it cost.
 
     python scripts/reference_cards.py --comparison model_cards/reference/short/comparison.json \
         --config model_cards/reference/short.yaml --output_dir model_cards/reference/short/cards \
@@ -26,7 +26,7 @@ from hf_rdrop.cards.markdown import render
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments, as far as they can be checked without the comparison."""
+    """Read the arguments, checked as far as they can be without the comparison."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -35,11 +35,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--output_dir",
         type=Path,
         required=True,
-        help="where to write a TASK.md for each task; inside the comparison's folder they show its curves.png",
+        help="folder for a TASK.md of each task; inside the comparison's folder they show its curves.png",
     )
     parser.add_argument("--tasks", nargs="+", help="these tasks (default: all that have finished runs)")
-    parser.add_argument("--config", type=Path, help="the comparison's YAML file, for the command that does it again")
-    parser.add_argument("--note", help="what the figures cannot tell, such as what $ENCODER and $DATA are")
+    parser.add_argument("--config", type=Path, help="YAML file of the comparison, for the command that does it again")
+    parser.add_argument(
+        "--note", help="sentences on what the figures cannot tell, such as the meaning of $ENCODER and $DATA"
+    )
     parser.add_argument(
         "--consistency", nargs="+", default=[], metavar="TASK=FILE", help="consistency.json files of consistency.py"
     )
@@ -50,7 +52,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def read(path: Path) -> tuple[dict[str, Any], Report]:
-    """The content of a comparison.json, its histories as log lines, and its figures made anew from the runs.
+    """Read a comparison.json, its histories as log lines, and make its figures anew from the runs.
 
     Raises:
         ValueError: it cannot be read, or no run has finished.
@@ -69,7 +71,7 @@ def read(path: Path) -> tuple[dict[str, Any], Report]:
 
 
 def read_pairs(pairs: Sequence[str], tasks: Sequence[str]) -> dict[str, Any]:
-    """The consistency of tasks, given as TASK=FILE."""
+    """Read the consistency of tasks, given as TASK=FILE."""
     found = {}
     for pair in pairs:
         task, separator, file = pair.partition("=")
@@ -80,7 +82,7 @@ def read_pairs(pairs: Sequence[str], tasks: Sequence[str]) -> dict[str, Any]:
 
 
 def find_picture(comparison: Path, output_dir: Path) -> str | None:
-    """The comparison's curves.png as cards in a folder within the comparison's can link it."""
+    """Return the comparison's curves.png as cards in a folder within the comparison's can link it."""
     folder, picture = comparison.parent.resolve(), comparison.with_name("curves.png")
     if not picture.is_file() or not output_dir.resolve().is_relative_to(folder):
         return None

@@ -208,7 +208,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 def windows(batches: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """The batches of each optimizer step; the last step of an epoch may have fewer."""
+    """Yield the batches of each optimizer step; the last step of an epoch may have fewer."""
     batches = iter(batches)
     while window := list(islice(batches, size)):
         yield window

@@ -62,7 +62,7 @@ SET_HERE = (*RANGES, "output_dir", "validation_from_train", "eval_strategy", "sa
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--script", choices=SCRIPTS, required=True)
-    parser.add_argument("--metric", required=True, help="what to optimise, as in eval_results.json: eval_accuracy")
+    parser.add_argument("--metric", required=True, help="score to optimise, as in eval_results.json: eval_accuracy")
     parser.add_argument("--num_trials", type=int, default=20, help="trials in all, pruned and failed ones included")
     for name, (low, high) in RANGES.items():
         scale = "log scale" if name in LOG_SCALE else "linear"
@@ -131,7 +131,7 @@ def check_script_arguments(arguments: Sequence[str]) -> None:
 
 
 def script_arguments(args: argparse.Namespace, output_dir: str) -> list[str]:
-    """The script's command line that makes the trainer of all trials."""
+    """Return the script's command line that makes the trainer of all trials."""
     line = [*args.arguments, "--do_train", "--do_eval", "--eval_strategy", "epoch", "--save_strategy", "no"]
     if args.validation_from_train:
         line += ["--validation_from_train", str(args.validation_from_train)]
@@ -142,7 +142,7 @@ def script_arguments(args: argparse.Namespace, output_dir: str) -> list[str]:
 
 
 def final_command(args: argparse.Namespace, parameters: dict[str, float]) -> str:
-    """The command that trains with these parameters on all training rows, and evaluates on the validation data."""
+    """Return the command that trains with these parameters on all training rows, and evaluates."""
     given, values = option_names(args.arguments), {name: getattr(args, name)[0] for name in RANGES} | parameters
     line = ["python", os.path.relpath(Path(__file__).with_name(args.script)), *args.arguments, "--do_train"]
     if not given & {"train_file", "train_dir"} or given & {"validation_file", "validation_dir"}:

@@ -1,1 +1,1 @@
-"""The benchmark: what is timed (`loss`, `steps`, `precision`), how (`measure`), and the report (`report`, `plots`)."""
+"""Parts of benchmark.py: work (`loss`, `steps`, `precision`), timing (`measure`), output (`report`, `plots`)."""

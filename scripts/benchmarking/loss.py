@@ -1,4 +1,4 @@
-"""The loss stage of the benchmark: from hidden states to R-Drop's loss and its gradients, in three ways."""
+"""Loss stage of the benchmark: from hidden states to R-Drop's loss and its gradients, in three ways."""
 
 from collections.abc import Callable, Sequence
 
@@ -18,7 +18,7 @@ TOLERANCES = {"float32": 1e-4, "bfloat16": 3e-2}
 
 
 def official_kl(first: Tensor, second: Tensor, ignored: Tensor | None = None) -> Tensor:
-    """The agreement as R-Drop's authors publish it, in two `kl_div` calls on full logits; averaged over the items."""
+    """Compute the agreement as R-Drop's authors publish it: two `kl_div` calls on full logits, mean over items."""
     there = F.kl_div(F.log_softmax(first, dim=-1), F.softmax(second, dim=-1), reduction="none")
     back = F.kl_div(F.log_softmax(second, dim=-1), F.softmax(first, dim=-1), reduction="none")
     items = there[..., 0].numel()

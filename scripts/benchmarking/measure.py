@@ -144,7 +144,7 @@ def copy_bandwidth(device: torch.device, size: int = 2**28) -> float:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What a measurement depends on besides its arguments."""
+    """Return what a measurement depends on besides its arguments."""
     modules = {"torch": torch, "transformers": transformers, "accelerate": accelerate, "hf_rdrop": hf_rdrop}
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []

@@ -1,4 +1,4 @@
-"""The pictures of a benchmark: one a section, from what benchmark.json holds."""
+"""Pictures of a benchmark: one a section, from what benchmark.json holds."""
 
 import math
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ def _colour(arm: str) -> str:
 
 
 def plot(groups: Sequence[Group], folder: Path) -> list[Path]:
-    """One picture a section, for those that were measured; returns their files."""
+    """Draw one picture for each section that was measured; returns their files."""
     made = []
     for section, draw in (("loss", _plot_loss), ("steps", _plot_steps), ("growth", _plot_growth)):
         if chosen := [group for group in groups if group["section"] == section and group["arms"]]:

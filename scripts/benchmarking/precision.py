@@ -1,4 +1,4 @@
-"""How exact the agreement and its gradient are for logits in half precision, as the passes come to agree.
+"""Exactness of the agreement and its gradient for logits in half precision, as the passes come to agree.
 
 `p - q` cancels then: what is left of a difference that was rounded before is mostly rounding.
 """

@@ -1,4 +1,4 @@
-"""What came out of a benchmark: ratios, tables and plots, made from what benchmark.json holds."""
+"""Report of a benchmark: ratios and tables, made from what benchmark.json holds."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -60,7 +60,7 @@ def _percent(error: float) -> str:
 
 
 def _predicted(group: Group, arm: str, quantity: str, measured: float) -> str:
-    """The cost model's ratio, and how far it is from what was measured."""
+    """Return the cost model's ratio, and its distance from what was measured."""
     value = group["arms"][arm].get("prediction", {}).get(quantity)
     return "" if value is None else f"{value:.2f} ({value / measured - 1:+.0%})"
 
@@ -183,7 +183,7 @@ def _precision_table(groups: Sequence[Group]) -> Table:
 
 
 def _limits_table(results: Mapping[str, Any]) -> Table:
-    """What the project sets out to reach, beside the worst that was measured."""
+    """Return the project's targets beside the worst that was measured."""
     groups = [group for group in results["groups"] if group["arms"]]
     steps = {group["head"]: group for group in groups if group["section"] == "steps"}
     loss = [group for group in groups if group["section"] == "loss"]
@@ -254,7 +254,7 @@ def markdown(results: Mapping[str, Any], plots: Sequence[Path]) -> str:
 
 
 def terminal_table(table: Table) -> RichTable:
-    """The same for a terminal of 80 columns."""
+    """Make the same for a terminal of 80 columns."""
     styles = {"title_justify": "left", "caption_justify": "left", "padding": (0, 1, 0, 0)}
     made = RichTable(box=box.SIMPLE_HEAD, title=table.title, caption=table.note, **styles)
     for column in table.columns:

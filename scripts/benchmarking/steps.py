@@ -1,4 +1,4 @@
-"""The training steps of the benchmark: every head, every arm, through the real Trainer objects."""
+"""Training steps of the benchmark: every head, every arm, through the real Trainer objects."""
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
@@ -45,7 +45,7 @@ class Sizes:
 
 
 class Head(NamedTuple):
-    """How the step of one head is made.
+    """Parts from which the step of one head is made.
 
     Args:
         make_model: its randomly initialised model.
@@ -98,7 +98,7 @@ HEADS = {
 
 
 def trunk_layers(head: str, layers: int) -> dict[str, int]:
-    """How many layers each trunk arm shares: of the encoder, where there is a decoder too. Equal ones only once."""
+    """Count the layers that each trunk arm shares (of the encoder where there is a decoder); equal ones once."""
     layers = layers // 2 if head == "translation" else layers
     wanted = {"trunk L/2": layers // 2, TRUNK_3_4: min(round(0.75 * layers), layers - 1), "trunk L-1": layers - 1}
     if HEADS[head].trunk_all:
@@ -190,7 +190,7 @@ def cost_settings(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def predict(model: nn.Module, batch: dict[str, Tensor], settings: dict[str, Any], itemsize: int) -> dict[str, float]:
-    """What the cost model says of an arm of RDropTrainer: `time` and `memory` over the plain step's."""
+    """Predict `time` and `memory` of an arm of RDropTrainer over the plain step's, by the cost model."""
     shape = describe_model(model, batch, itemsize=itemsize)
     if shape is None:
         return {}

@@ -1,4 +1,4 @@
-"""What is compared: tasks, the arms every task is trained in, and the settings that are tried for each arm."""
+"""Tasks of a comparison, the arms every task is trained in, and the settings that are tried for each arm."""
 
 import itertools
 import os
@@ -23,7 +23,7 @@ NO_AGREEMENT = "1e-12"
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained in every arm: a script with its arguments, the metric that counts, and what may be tuned.
+    """Task that is trained in every arm: a script with its arguments, the metric that counts, and what may be tuned.
 
     Args:
         name: of the task.
@@ -59,7 +59,7 @@ class Arm:
     epochs: int = 1
 
     def sets(self, name: str) -> bool:
-        """Whether this argument is the arm's own choice, so that neither the task's holds nor is it tuned."""
+        """Tell whether this argument is the arm's own choice, so that neither the task's holds nor is it tuned."""
         return name in option_names(self.arguments)
 
     def without_own(self, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,7 +82,7 @@ BUILT_IN = {
 
 
 def make_arms(names: Sequence[str], own: Mapping[str, str], tuned: Sequence[str] = ()) -> list[Arm]:
-    """The arms by name, built in or `own` lines of arguments; `tuned` says which are tuned by themselves.
+    """Make the arms by name, built in or `own` lines of arguments; those in `tuned` are tuned by themselves.
 
     A line that starts with the name of a built-in arm, such as ``rdrop --rdrop_shared_layers 4``, adds to that arm and
     takes its tuned settings; any other is an arm of its own, tuned by itself.
@@ -114,7 +114,7 @@ def make_arms(names: Sequence[str], own: Mapping[str, str], tuned: Sequence[str]
 
 
 def split_line(line: str) -> list[str]:
-    """The words of a line of arguments, as a shell would split them; $VARIABLES are replaced when a run starts.
+    """Split a line of arguments as a shell would; $VARIABLES are replaced when a run starts.
 
     Raises:
         ValueError: a variable is not set, or a quotation mark is not closed.
@@ -128,7 +128,7 @@ def split_line(line: str) -> list[str]:
 
 
 def check_task(task: Task) -> Task:
-    """The task, if it can be compared.
+    """Return the task, if it can be compared.
 
     Raises:
         ValueError: with what to change.
@@ -150,7 +150,7 @@ def check_task(task: Task) -> Task:
 
 
 def candidates(task: Task, arm: Arm, trials: int) -> list[dict[str, Any]]:
-    """The settings to try for an arm: the whole grid, or `trials` of it.
+    """List the settings to try for an arm: the whole grid, or `trials` of it.
 
     All arms try the same settings in the same order as far as these go; the values of alpha are dealt out evenly over
     the trials of the arms that have one. One candidate needs no trial.
@@ -169,7 +169,7 @@ def candidates(task: Task, arm: Arm, trials: int) -> list[dict[str, Any]]:
 
 
 def run_arguments(task: Task, arm: Arm, settings: Mapping[str, Any], seed: int) -> tuple[str, ...]:
-    """The script's arguments for one run, without --seed and --output_dir; what comes later counts."""
+    """Return the script's arguments for one run, without --seed and --output_dir; what comes later counts."""
     arguments = list(task.arguments)
     if not arm.sets("rdrop_alpha"):
         arguments += ["--rdrop_alpha", str(settings.get("rdrop_alpha", task.rdrop_alpha))]

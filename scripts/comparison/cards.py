@@ -1,4 +1,4 @@
-"""What the card of a reference run says: gains, costs and calibration in words and tables, all from the figures."""
+"""Parts of a reference run's card: gains, costs and calibration in words and tables, all from the figures."""
 
 import re
 import shlex
@@ -99,7 +99,7 @@ class Task:
 
 
 def options_of(arguments: Sequence[str]) -> dict[str, str]:
-    """The arguments of a run by name, of paths the last component; $VARIABLES as they are."""
+    """Return the arguments of a run by name, of paths the last component; $VARIABLES stay as they are."""
     found: dict[str, str] = {}
     name = ""
     for argument in arguments:
@@ -112,7 +112,7 @@ def options_of(arguments: Sequence[str]) -> dict[str, str]:
 
 
 def file_name(name: str) -> str:
-    """A name as that of a file."""
+    """Turn a name into that of a file."""
     return re.sub(r"[^\w.-]+", "-", name).strip(".-") or "task"
 
 
@@ -130,7 +130,7 @@ def metadata(task: Task) -> ModelCardData:
 
 
 def make_parts(task: Task, *, config: Path | None, note: str | None, consistency: Any) -> dict[str, Any]:
-    """What the template is to tell of a task."""
+    """Return the parts of a task's card for the template."""
     report, base = task.report, task.rows.get(BASELINE)
     tables = (control_table(report), cost_table(report), seed_table(report), secondary_tables(report))
     history = _mean_history(task)
@@ -169,7 +169,7 @@ def _summary(task: Task, note: str | None) -> str:
 
 
 def in_words(row: Row, base: Row | None) -> str:
-    """What the figures of an arm say: gain, cost and calibration beside the baseline."""
+    """Put the figures of an arm into words: gain, cost and calibration beside the baseline."""
     arm, metric = code(row.arm), inline(scored_name(row.metric))
     if base is None or row.gain is None:
         return f"{arm}: {metric} {spread(row)}; no run of the baseline has the same seed."
@@ -269,7 +269,7 @@ def _settings_of(options: Mapping[str, str]) -> Settings:
 
 
 def _mean_history(task: Task) -> list[dict[str, Any]]:
-    """The log lines of the R-Drop arm as means over seeds, at the steps that all have logged."""
+    """Return the log lines of the R-Drop arm as means over seeds, at the steps that all have logged."""
     histories = [run["history"] for run in task.runs if run["arm"] == task.rdrop]
     by_step = [
         {line["step"]: line for line in history if all(name in line for name in LOGGED)} for history in histories
@@ -305,7 +305,7 @@ def _settings(task: Task) -> str:
 
 
 def _again(task: Task, config: Path | None) -> str:
-    """The commands: the whole comparison where its configuration is known, and a run of each arm."""
+    """List the commands: the whole comparison where its configuration is known, and a run of each arm."""
     options = {arm: options_of(task.run(arm).get("arguments", ())) for arm in task.rows}
     gone = {arm: names for arm, given in options.items() if (names := [name for name in given if name in REMOVED])}
     arms, parts = [arm for arm in task.rows if arm not in gone], []

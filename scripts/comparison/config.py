@@ -1,4 +1,4 @@
-"""What compare.py is asked for: the command line, or a YAML file for several tasks at once."""
+"""Request of a comparison: the command line, or a YAML file for several tasks at once."""
 
 import argparse
 import itertools
@@ -65,7 +65,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     add("--config", type=Path, help="YAML file with tasks, arms, seeds and tuning (see the README)")
     add("--tasks", nargs="+", metavar="TASK", help="only these tasks of --config")
     add("--script", choices=SCRIPTS, help="training script of a single task")
-    add("--metric", help="what to compare, as in the script's eval_results.json, e.g. eval_accuracy")
+    add("--metric", help="score to compare, as in the script's eval_results.json, e.g. eval_accuracy")
     add("--rdrop_alpha", type=float, nargs="+", help="alpha of the R-Drop arms; several: chosen on training data")
     add("--arms", nargs="+", metavar="ARM", help=f"of {', '.join(BUILT_IN)} (default: baseline rdrop)")
     add("--own_arm", nargs="+", default=[], metavar="NAME=LINE", help="arms as lines of the script's arguments")
@@ -75,7 +75,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     add("--tuning_seeds", type=int, nargs="+", help="seeds of the trials (default: 1000)")
     add("--tuned_arms", nargs="+", metavar="ARM", help="arms with a search of their own (default: all)")
     add("--tuning_share", type=float, default=0.2, help="share of the training rows that trials are scored on")
-    add("--output_dir", type=Path, help="where to write (default: outputs/demo for --demo)")
+    add("--output_dir", type=Path, help="folder to write (default: outputs/demo for --demo)")
     add("--jobs", type=int, help="runs at once (default: one a GPU, or one a CPU core without)")
     add("--keep_models", action="store_true", help="keep the trained weights of the compared runs")
     add("--take_from", type=Path, nargs="+", default=[], help="comparison.json files with runs made elsewhere")
@@ -86,7 +86,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def parse(argv: Sequence[str] | None, description: str | None = None) -> Comparison:
-    """The comparison that a command line asks for.
+    """Read the comparison that a command line asks for.
 
     Raises:
         ValueError: with what to change.
@@ -161,7 +161,7 @@ def parse(argv: Sequence[str] | None, description: str | None = None) -> Compari
 
 
 def _default_jobs(tasks: Sequence[Task]) -> int:
-    """One run for each GPU, or for each core where only these are used."""
+    """Return one run for each GPU, or for each core where only these are used."""
     accelerator = torch.cuda.is_available() or torch.backends.mps.is_available()
     if accelerator and not all("--use_cpu" in task.arguments for task in tasks):
         return max(1, len(visible_gpus()))
@@ -188,7 +188,7 @@ def _tune_values(given: Sequence[str]) -> dict[str, list[Any]]:
 
 
 def _number(value: Any) -> Any:
-    """A number where the text is one: YAML 1.1 reads 1e-4 as text."""
+    """Return a number where the text is one: YAML 1.1 reads 1e-4 as text."""
     try:
         number = float(value)
     except (TypeError, ValueError):

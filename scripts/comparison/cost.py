@@ -1,4 +1,4 @@
-"""What an arm of a comparison costs beside the baseline, and what it gains for that."""
+"""Cost of an arm beside the baseline, and what it gains for that."""
 
 import math
 import statistics
@@ -31,7 +31,7 @@ class Cost:
 
 
 def cost_ratios(arm: Mapping[int, Mapping[str, Any]], base: Mapping[int, Mapping[str, Any]]) -> Cost:
-    """The cost of an arm on a task, from the metrics by seed of its runs and of the baseline's.
+    """Compute the cost of an arm on a task, from the metrics by seed of its runs and of the baseline's.
 
     The clock is the CPU's when all runs were on a CPU (`device`) and have `train_cpu_seconds`. Runs without any time
     do not count: those of another machine, say, whose times were taken out of their records.
@@ -52,7 +52,7 @@ def cost_ratios(arm: Mapping[int, Mapping[str, Any]], base: Mapping[int, Mapping
 
 
 def mean_cost(costs: Sequence[Cost]) -> Cost:
-    """The cost over several tasks: geometric means, because they are ratios; None if a task has none."""
+    """Average the cost over several tasks: geometric means, because they are ratios; None if a task has none."""
 
     def mean(values: Sequence[float | None]) -> float | None:
         known = [value for value in values if value is not None]
@@ -74,7 +74,7 @@ def gain_per_cost(gain: Difference | None, cost: Cost) -> float | None:
 
 
 def share_kept(gain: Difference | None, full: Difference | None) -> float | None:
-    """The arm's gain over that of full R-Drop, on the seeds of both; None when R-Drop has gained nothing to keep."""
+    """Divide the arm's gain by full R-Drop's, on the seeds of both; None when R-Drop has gained nothing."""
     if gain is None or full is None:
         return None
     ours, whole = (dict(zip(found.seeds, found.values, strict=True)) for found in (gain, full))

@@ -1,4 +1,4 @@
-"""The pictures of a comparison's training: losses over epochs, and what was tried in tuning."""
+"""Pictures of a comparison's training: losses over epochs, and what was tried in tuning."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The demo of compare.py: made-up corpora and real digits, tiny models from scratch, and how long they are trained."""
+"""Demo of compare.py: made-up corpora and real digits, tiny models from scratch, and how long they are trained."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,7 +43,7 @@ TRAINING = {
 
 
 def demo_tasks(folder: Path, alpha: float | None) -> list[Task]:
-    """The demo tasks. Alphas are the paper's: 1 for classification, 5 for translation, 0.6 for ViT."""
+    """Make the demo tasks. Alphas are the paper's: 1 for classification, 5 for translation, 0.6 for ViT."""
     common = ["--do_train", "--do_eval", "--use_cpu", "--report_to", "none", "--save_strategy", "no"]
     common += ["--per_device_train_batch_size", "32", "--per_device_eval_batch_size", "64", "--warmup_steps", "0.1"]
     common += ["--disable_tqdm", "True", "--logging_steps", "10"]
@@ -65,7 +65,7 @@ def demo_tasks(folder: Path, alpha: float | None) -> list[Task]:
 
 
 def write_demo_inputs(folder: Path, seeds: Sequence[int]) -> None:
-    """The demo's corpora, and for each task and seed random weights and a tokenizer; the same bytes every time."""
+    """Write the demo's corpora, and random weights and a tokenizer by task and seed; the same bytes every time."""
     logging.disable_progress_bar()
     data = write_demo_data(folder / "data", seed=0)
     for name, model in MODELS.items():

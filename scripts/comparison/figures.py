@@ -95,7 +95,7 @@ class Report:
 
 
 def points(metric: str) -> int:
-    """What a metric is multiplied by: shares become per cent."""
+    """Return the factor of a metric: shares become per cent."""
     return 1 if metric.endswith(NOT_SHARES) else 100
 
 
@@ -105,7 +105,7 @@ def direction(metric: str) -> int:
 
 
 def trial_scores(trials: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], float]]:
-    """Each tried settings with their mean score over seeds; those that failed with a seed are left out."""
+    """Average the scores of each tried settings over seeds; those that failed with a seed are left out."""
     found: list[tuple[Mapping[str, Any], list[float]]] = []
     for trial in trials:
         scores = next((scores for settings, scores in found if settings == trial["settings"]), None)
@@ -117,7 +117,7 @@ def trial_scores(trials: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str,
 
 
 def make_report(runs: Sequence[Run], tasks: Mapping[str, str], arms: Sequence[str]) -> Report:
-    """All figures of the finished runs.
+    """Compute all figures of the finished runs.
 
     Args:
         runs: dicts with task, arm, seed and metrics (those of the run's all_results.json).

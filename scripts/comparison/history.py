@@ -1,4 +1,4 @@
-"""The log lines of a run as columns, which is how comparison.json has them: a third of their size."""
+"""Log lines of a run as columns, which is how comparison.json has them: a third of their size."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,7 +8,7 @@ COLUMNS = ("step", "epoch", "loss", "ce_loss", "kl_loss")
 
 
 def as_columns(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]:
-    """Each of `COLUMNS` that any line has, to six digits (float32 has seven); None where a line lacks it."""
+    """Turn lines into columns, those of `COLUMNS` that occur, to six digits (float32 has seven); None for no value."""
     return {
         name: [None if (value := line.get(name)) is None else _short(value) for line in lines]
         for name in COLUMNS
@@ -21,7 +21,7 @@ def _short(value: float) -> float:
 
 
 def as_lines(columns: Mapping[str, Sequence[float | None]]) -> list[dict[str, float]]:
-    """The log lines that `as_columns` was given, as far as it keeps them.
+    """Turn the columns of `as_columns` back into log lines.
 
     Raises:
         ValueError: the columns have different lengths.

@@ -1,4 +1,4 @@
-"""The pictures of a comparison; each function returns whether there was something to show."""
+"""Pictures of a comparison; each function returns whether there was something to show."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -85,7 +85,7 @@ def plot_pareto(report: Report, path: Path) -> bool:
 
 
 def pareto_front(pairs: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The pairs (cost, gain) for which no other costs at most as much and gains at least as much, by cost."""
+    """Return the pairs (cost, gain) for which no other costs at most as much and gains at least as much, by cost."""
     front: list[tuple[float, float]] = []
     for cost, gain in sorted(set(pairs), key=lambda pair: (pair[0], -pair[1])):
         if not front or gain > front[-1][1]:

@@ -136,7 +136,7 @@ def run_all(
 
 
 def _as_completed(futures: Iterable[Future[Any]]) -> Iterator[Future[Any]]:
-    """As that of `concurrent.futures`, but a signal that comes just before a wait is seen within a second."""
+    """Do as `concurrent.futures` does, but see a signal that comes just before a wait within a second."""
     left = set(futures)
     while left:
         done, left = wait(left, timeout=1, return_when=FIRST_COMPLETED)

@@ -1,4 +1,4 @@
-"""What came out of a comparison, as text: markdown, a table for the terminal, JSON."""
+"""Report of a comparison as text: markdown, a table for the terminal, JSON."""
 
 import dataclasses
 import math
@@ -34,7 +34,7 @@ def markdown(
     failed: Mapping[str, str],
     plots: Sequence[Path] = (),
 ) -> str:
-    """The report, comparison.md.
+    """Write the report, comparison.md.
 
     Args:
         report: the figures.

@@ -1,4 +1,4 @@
-"""What a comparison leaves behind: one JSON file with every run, the report and the plots."""
+"""Runs of a comparison and what they leave behind: comparison.json, the report and the plots."""
 
 import os
 import platform
@@ -26,7 +26,7 @@ PACKAGES = ("hf_rdrop", "torch", "transformers", "accelerate", "datasets")
 
 
 def describe(run: Run, metric: str) -> str:
-    """A line about a finished run.
+    """Describe a finished run in a line.
 
     Raises:
         ValueError: it has no such metric.
@@ -79,7 +79,7 @@ def take_runs(runs: Sequence[Run], files: Sequence[Path]) -> None:
 
 
 def _made_elsewhere(files: Sequence[Path]) -> dict[tuple[Any, ...], tuple[Path, dict[str, Any]]]:
-    """The runs in these files, by what makes them the same: each with the first file that has it."""
+    """Read the runs in these files, by what makes them the same: each with the first file that has it."""
     made: dict[tuple[Any, ...], tuple[Path, dict[str, Any]]] = {}
     for file in files:
         found = read_comparison(file, "--take_from")
@@ -163,14 +163,14 @@ def write_results(
 
 
 def _added(arm: Arm) -> str:
-    """What an arm adds to the task's arguments, in words for a reader."""
+    """Say what an arm adds to the task's arguments, in words for a reader."""
     words = [*([] if arm.sets("rdrop_alpha") else ["--rdrop_alpha", "ALPHA"]), *arm.arguments]
     longer = f", {arm.epochs} times the epochs" if arm.epochs > 1 else ""
     return f"`{' '.join(words)}`{longer}"
 
 
 def _tuning(comparison: Comparison) -> dict[str, Any]:
-    """How the settings were chosen."""
+    """Describe how the settings were chosen."""
     tried = {f"tried for {task.name}": dict(task.tune) for task in comparison.tasks if task.tune}
     if not tried:
         return {"none": "every arm has the settings of its task"}

@@ -1,4 +1,4 @@
-"""The statistics of a comparison over seeds: pure functions of scores, each with the source of its method."""
+"""Statistics of a comparison over seeds: pure functions of scores, each with the source of its method."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -101,7 +101,7 @@ def bootstrap_interval(values: Sequence[float] | np.ndarray, scale: float = 1.0)
 
 
 def paired_p_value(arm: Sequence[float], other: Sequence[float]) -> float | None:
-    """Two-sided p value of the paired t-test (Student 1908); None where it is not defined.
+    """Compute the two-sided p value of the paired t-test (Student 1908); None where it is not defined.
 
     It is not with one pair. With differences that are all equal t is 0/0 or infinite, and p would be nan, or 0: a
     certainty that a few equal numbers do not give.
@@ -135,7 +135,7 @@ def holm(p_values: Mapping[Key, float | None]) -> dict[Key, float | None]:
 
 
 def with_holm(differences: Mapping[str, Difference]) -> dict[str, Difference]:
-    """The same differences by arm, with the correction over all of them."""
+    """Return the same differences by arm, with the correction over all of them."""
     corrected = holm({arm: found.p_value for arm, found in differences.items()})
     return {arm: replace(found, holm=corrected[arm]) for arm, found in differences.items()}
 

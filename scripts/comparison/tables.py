@@ -1,4 +1,4 @@
-"""The tables of a comparison's markdown report."""
+"""Tables of a comparison's markdown report."""
 
 import statistics
 from collections.abc import Iterable
@@ -25,7 +25,7 @@ def gain(found: Difference | None) -> str:
 
 
 def p_cell(value: float | None, mark: bool = False) -> str:
-    """A p value, bold if `mark` and it is significant."""
+    """Write a p value, bold if `mark` and it is significant."""
     if value is None:
         return NOTHING
     text = "<0.001" if value < 0.001 else f"{value:.3f}"
@@ -33,12 +33,12 @@ def p_cell(value: float | None, mark: bool = False) -> str:
 
 
 def short_name(metric: str) -> str:
-    """A metric's name for a reader."""
+    """Return a metric's name for a reader."""
     return metric.removeprefix("eval_").replace("_", " ")
 
 
 def scored_name(metric: str) -> str:
-    """The name of the metric that decides, with its direction where that is not the usual one."""
+    """Name the metric that decides, with its direction where that is not the usual one."""
     return short_name(metric) + (", lower is better" if direction(metric) < 0 else "")
 
 
@@ -68,7 +68,7 @@ def metrics_of(report: Report) -> dict[str, str]:
 
 
 def task_table(report: Report, task: str) -> list[str]:
-    """All arms on one task, or on the average, beside the baseline."""
+    """Show all arms on one task, or on the average, beside the baseline."""
     rows = report.of_task(task)
     lines = [f"## {task}", ""]
     if task == AVERAGE:
@@ -164,7 +164,7 @@ def seed_table(report: Report) -> list[str]:
 
 
 def secondary_tables(report: Report) -> list[str]:
-    """The other metrics of the evaluation, a table a task."""
+    """Show the other metrics of the evaluation, a table a task."""
     lines = ["## Other metrics", "", "Mean ± standard deviation over seeds, as the script wrote them."]
     for task in report.tables:
         rows = report.of_task(task).values()

@@ -13,13 +13,13 @@ Choices = dict[tuple[str, str], dict[str, Any]]  # by task and arm: settings, tr
 
 
 def tuned_arms(arms: Sequence[Arm]) -> list[Arm]:
-    """The arms whose settings are searched for: those of the comparison, or what they add to."""
+    """Return the arms whose settings are searched for: those of the comparison, or what they add to."""
     own = {arm.name: arm for arm in arms}
     return [own.get(name) or BUILT_IN[name] for name in dict.fromkeys(arm.settings_of for arm in arms)]
 
 
 def plan_trials(comparison: Comparison) -> Trials:
-    """The tuning runs and the settings that each tries; none where an arm has but one candidate."""
+    """List the tuning runs and the settings that each tries; none where an arm has but one candidate."""
     planned = {}
     for task in comparison.tasks:
         for arm in tuned_arms(comparison.arms):
@@ -36,7 +36,7 @@ def plan_trials(comparison: Comparison) -> Trials:
 
 
 def choose(comparison: Comparison, planned: Trials, guess: bool = False) -> Choices:
-    """The settings of each task and arm: those with the best mean score over the tuning seeds, with all trials.
+    """Choose the settings of each task and arm: those with the best mean score over the tuning seeds, with all trials.
 
     Settings that failed with a seed are out. An arm of which no settings are left has no entry, nor have those that
     take their settings from it. With `guess` the first candidate is taken, without a score.

@@ -1,4 +1,4 @@
-"""The made-up corpora of demo_data.py: their sizes, and the wrong labels in their training sets."""
+"""Made-up corpora of demo_data.py: their sizes, and the wrong labels in their training sets."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""The grammars behind demo_data.py: each draws one sentence of a head, with its labels or its translation."""
+"""Grammars behind demo_data.py: each draws one sentence of a head, with its labels or its translation."""
 
 import random
 from collections.abc import Sequence
@@ -110,7 +110,7 @@ ENTITY_PATTERNS = (
 
 
 class Names:
-    """What one split calls its people and places."""
+    """Names of people and places in one split."""
 
     def __init__(self, surnames: Sequence[str], towns: Sequence[str]) -> None:
         self.surnames, self.towns = surnames, towns

@@ -1,4 +1,4 @@
-"""The data of a run: files, or a data set of the Hub, and which of their rows are used."""
+"""Data of a run: files, or a data set of the Hub, and which of their rows are used."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -64,11 +64,11 @@ class DataArguments:
             raise ValueError("--dataset_name and files were both given: it is unclear which to use. Give one of them.")
 
     def in_order(self, train: Dataset) -> Dataset:
-        """The training rows in the order of which --max_train_samples takes the first."""
+        """Return the training rows in the order of which --max_train_samples takes the first."""
         return train if self.sample_seed is None else train.shuffle(seed=self.sample_seed)
 
     def choose_rows(self, splits: dict[str, Dataset]) -> dict[str, Dataset]:
-        """The rows of each split that the run uses, as --max_*_samples and --validation_from_train say."""
+        """Return the rows of each split that the run uses, as --max_*_samples and --validation_from_train say."""
         chosen = {}
         for split, dataset in splits.items():
             name = {"train": "max_train_samples", "test": "max_predict_samples"}.get(split.split("_")[0])
@@ -115,7 +115,7 @@ def load_splits(
 
 
 def splits_to_load(data_args: DataArguments, splits: Iterable[str]) -> list[str]:
-    """The splits that the run needs, without validation data where training rows take their place."""
+    """Return the splits that the run needs, without validation data where training rows take their place."""
     splits = list(splits)
     if data_args.validation_from_train is None:
         return splits

@@ -56,7 +56,7 @@ def read_table(path: str, formats: tuple[str, ...] = FORMATS) -> Dataset:
 
 
 def read_text(file: Path) -> str:
-    """The text of a UTF-8 file, also of a .gz one.
+    """Return the text of a UTF-8 file, also of a .gz one.
 
     Raises:
         ValueError: it is broken, or no text; with the line where that is known.
@@ -117,7 +117,7 @@ def _parse_json(file: Path, text: str, line: int) -> Any:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; of a name that comes twice the last value would count and the other be lost."""
+    """Make a JSON object; of a name that comes twice the last value would count and the other be lost."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
@@ -150,7 +150,7 @@ def _csv_rows(file: Path, text: str, suffix: str) -> Iterator[dict[str, str]]:
 
 
 def _is_text(value: str) -> bool:
-    """Whether all its characters can be written: JSON can hold halves of them ("\\ud83d")."""
+    """Tell whether all its characters can be written: JSON can hold halves of them ("\\ud83d")."""
     try:
         value.encode()
     except UnicodeEncodeError:

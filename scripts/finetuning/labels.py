@@ -1,4 +1,4 @@
-"""What the labels of a data set mean: classes, several classes at once, or numbers; and their model's outputs."""
+"""Labels of a data set: classes, several classes at once, or numbers; and their model's outputs."""
 
 import math
 import re
@@ -19,7 +19,7 @@ _LARGEST_NUMBER = 1e18  # float32 ends at 3e38
 
 @dataclass
 class Labels:
-    """How label values become targets.
+    """Meaning of label values, and the targets that they become.
 
     Args:
         problem_type: one of Transformers' problem types.
@@ -33,7 +33,7 @@ class Labels:
     index_names: Sequence[str] | None = None
 
     def config_changes(self) -> dict[str, Any]:
-        """What the model's configuration must say for a head with these outputs."""
+        """Return the values that the model's configuration must have for a head with these outputs."""
         if self.problem_type == REGRESSION:
             return {"num_labels": 1, "problem_type": REGRESSION}
         return {
@@ -44,7 +44,7 @@ class Labels:
         }
 
     def encode(self, value: Any) -> int | float | list[float]:
-        """The target for one value: a class index, a number, or a 0/1 vector.
+        """Return the target for one value: a class index, a number, or a 0/1 vector.
 
         Raises:
             ValueError: the value is of the wrong type, out of range, or a class that is not known.
@@ -75,7 +75,7 @@ class Labels:
         return targets
 
     def withheld(self, values: Sequence[Any]) -> bool:
-        """Whether a test set hides its labels: missing, or -1 where that is no label of its own."""
+        """Tell whether a test set hides its labels: missing, or -1 where that is no label of its own."""
         hidden = {None, ""}
         if "-1" not in self.names and self.problem_type != MULTI:
             hidden |= {-1, "-1"}
@@ -159,7 +159,7 @@ def infer_labels(
 def collect_names(
     rows: Iterable[Sequence[Any]], column: str, split: str, index_names: Sequence[str] | None = None
 ) -> list[str]:
-    """The names of all classes in rows of labels, in a fixed order; errors name the row."""
+    """Collect the names of all classes in rows of labels, in a fixed order; errors name the row."""
     labels, names = Labels(SINGLE, [], index_names), set()
     for row, values in enumerate(rows, 1):
         try:
@@ -176,19 +176,19 @@ def sort_names(names: Iterable[str]) -> list[str]:
 
 
 def feature_names(feature: Any) -> list[str] | None:
-    """The names that a `ClassLabel` column, or a column of lists of them, gives its integers."""
+    """Return the names that a `ClassLabel` column, or a column of lists of them, gives its integers."""
     inner = getattr(feature, "feature", feature)
     return list(inner.names) if isinstance(inner, datasets.ClassLabel) else None
 
 
 def model_names(config: PreTrainedConfig) -> tuple[list[str], bool]:
-    """The labels that a model's configuration names, and whether these are only the library's LABEL_0, LABEL_1, ..."""
+    """Return the labels that a model's configuration names, and whether they are the library's LABEL_0, ..."""
     names = [str(config.id2label[index]) for index in range(config.num_labels)]
     return names, all(name == f"LABEL_{index}" for index, name in enumerate(names))
 
 
 def labels_of_model(config: PreTrainedConfig, index_names: Sequence[str] | None) -> Labels:
-    """The labels of a fine-tuned model, for a run that does not train."""
+    """Return the labels of a fine-tuned model, for a run that does not train."""
     names, unnamed = model_names(config)
     problem_type = config.problem_type or (REGRESSION if config.num_labels == 1 else SINGLE)
     if problem_type == REGRESSION:

@@ -16,12 +16,12 @@ logger = logging.getLogger(f"hf_rdrop.scripts.{__name__}")
 
 @dataclass
 class ModelArguments:
-    """Which model to train or evaluate."""
+    """Model to train or evaluate."""
 
     model_name_or_path: str = field(metadata={"help": "Folder of a model, or its name on the Hub."})
     config_name: str | None = field(default=None, metadata={"help": "Configuration, if not the model's own."})
     tokenizer_name: str | None = field(default=None, metadata={"help": "Tokenizer, if not the model's own."})
-    cache_dir: str | None = field(default=None, metadata={"help": "Where to keep what is downloaded from the Hub."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Folder for downloads from the Hub."})
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a model on the Hub."})
     token: str | None = field(
         default=None, metadata={"help": "Access token for the Hub; default: of `hf auth login`."}
@@ -36,13 +36,13 @@ class ModelArguments:
     attn_implementation: str | None = field(
         default=None,
         metadata={
-            "help": "How attention is computed, as transformers names it: eager, sdpa, flash_attention_2 and so on. "
+            "help": "Implementation of attention, as transformers names it: eager, sdpa, flash_attention_2 and so on. "
             "Default: what transformers chooses. On a CPU and short texts eager can be faster."
         },
     )
 
     def hub_options(self) -> dict[str, Any]:
-        """What every `from_pretrained` gets."""
+        """Return the options of every `from_pretrained`."""
         return {
             "cache_dir": self.cache_dir,
             "revision": self.model_revision,
@@ -52,14 +52,14 @@ class ModelArguments:
 
 
 def load_config(model_args: ModelArguments, **changes: Any) -> PreTrainedConfig:
-    """The model's configuration, with `changes` made to it."""
+    """Load the model's configuration, with `changes` made to it."""
     name = model_args.config_name or model_args.model_name_or_path
     argument = "config_name" if model_args.config_name else "model_name_or_path"
     return load_part(AutoConfig, name, argument, model_args, **changes)
 
 
 def load_tokenizer(model_args: ModelArguments, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, which must be able to pad."""
+    """Load the model's tokenizer, which must be able to pad."""
     name = model_args.tokenizer_name or model_args.model_name_or_path
     argument = "tokenizer_name" if model_args.tokenizer_name else "model_name_or_path"
     tokenizer = load_part(AutoTokenizer, name, argument, model_args, config=config)
@@ -78,7 +78,7 @@ def load_tokenizer(model_args: ModelArguments, config: PreTrainedConfig) -> PreT
 
 
 def load_word_tokenizer(model_args: ModelArguments, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
-    """A tokenizer that takes lists of words and says which word each token is from."""
+    """Load a tokenizer that takes lists of words and knows the word of each token."""
     tokenizer = load_tokenizer(model_args, config)
     if not tokenizer.is_fast:
         raise ValueError(
@@ -95,7 +95,7 @@ def load_model(
     config: PreTrainedConfig,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> PreTrainedModel:
-    """The model with the head of `auto_class`, and an embedding for each of the tokenizer's tokens if it has one.
+    """Load the model with the head of `auto_class`, and an embedding for each token of its tokenizer.
 
     Raises:
         ValueError: the model cannot be loaded, has no such head, or has one for other labels.
@@ -162,7 +162,7 @@ def set_languages(
 
 
 def hub_name(model_args: ModelArguments) -> str | None:
-    """The model's name on the Hub for the model card; None for a folder, which the Hub is not to be asked for."""
+    """Return the model's name on the Hub for the card; None for a folder, which the Hub is not to be asked for."""
     name = model_args.model_name_or_path
     return None if Path(name).expanduser().exists() else name
 
@@ -207,7 +207,7 @@ def load_part(auto_class: Any, name: str, argument: str, model_args: ModelArgume
 def fit_length(
     wanted: int | None, argument: str, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, default: int = 512
 ) -> int:
-    """The longest input in tokens: what is wanted, or what tokenizer and model can take where that is less."""
+    """Return the longest input in tokens: the wanted length, or less where tokenizer or model take less."""
     positions = getattr(config, "max_position_embeddings", None) or 0
     if "roberta" in config.model_type or config.model_type in ("camembert", "longformer", "mpnet"):
         positions -= 2  # they count positions from the padding token's id + 1

@@ -51,17 +51,17 @@ def parse_arguments(classes: Sequence[type], argv: list[str] | None, description
 
 
 def option_name(argument: str) -> str:
-    """The name in `--name` or `--name=value`, with _ where the scripts also take -; empty for what is no option."""
+    """Return the name in `--name` or `--name=value`, with _ in place of -; empty for what is no option."""
     return argument.partition("=")[0][2:].replace("-", "_") if argument.startswith("--") else ""
 
 
 def option_names(arguments: Sequence[str]) -> set[str]:
-    """The names of the options among the arguments."""
+    """Return the names of the options among the arguments."""
     return {option_name(argument) for argument in arguments} - {""}
 
 
 def without_folders(argument: str) -> str:
-    """An argument as it can be shown to others: what lies on this machine by its last name only."""
+    """Show an argument to others: what lies on this machine by its last name only."""
     name, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
     return f"{name}{equals}{Path(value).name if value and Path(value).exists() else value}"
 
@@ -142,7 +142,7 @@ def start_run(args: TrainingArguments) -> str | None:
 
 
 def find_checkpoint(output_dir: str, resume: str | None, training: bool = True) -> str | None:
-    """The checkpoint that `--resume_from_checkpoint` names; checks that a new run finds its output folder empty."""
+    """Find the checkpoint of `--resume_from_checkpoint`; check that a new run finds its output folder empty."""
     folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output_dir {folder} is a file: the run needs a folder. Choose another name.")

@@ -1,4 +1,4 @@
-"""What the scripts add to the Trainer: refusals that leave no trace, ends that say how to go on, whole results."""
+"""Additions of the scripts to the Trainer: refusals that leave no trace, ends that say how to go on, whole results."""
 
 import sys
 import time
@@ -62,7 +62,7 @@ class ReportArguments:
 
 
 class ScriptMixin:
-    """What the scripts need of any Trainer: rows in a known order, and no trace of a run that was refused.
+    """Additions of the scripts to any Trainer: rows in a known order, and no trace of a run that was refused.
 
     - Evaluation and prediction keep the order of the rows (length grouping would reorder predictions as well), and
       drop the rows that fill up the last batch when there are several processes.

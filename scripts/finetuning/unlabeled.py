@@ -1,4 +1,4 @@
-"""The rows without labels of run_glue.py: a file, or training rows whose labels are put aside."""
+"""Rows without labels of run_glue.py: a file, or training rows whose labels are put aside."""
 
 import logging
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ logger = logging.getLogger(f"hf_rdrop.scripts.{__name__}")
 
 @dataclass
 class UnlabeledArguments:
-    """Where rows without labels come from, and how many there are beside the labelled ones."""
+    """Source of rows without labels, and their number beside each labelled one."""
 
     unlabeled_file: str | None = field(
         default=None,
@@ -31,8 +31,8 @@ class UnlabeledArguments:
     unlabeled_from_train: int | None = field(
         default=None,
         metadata={
-            "help": "The same with up to N training rows that --max_train_samples leaves out, without their labels: "
-            "to see what labels are worth."
+            "help": "Take up to N training rows that --max_train_samples leaves out, without their labels, "
+            "as rows without labels: to see what labels are worth."
         },
     )
     unlabeled_ratio: int | None = field(
@@ -55,13 +55,13 @@ class UnlabeledArguments:
 
     @property
     def source(self) -> str | None:
-        """The argument that says where they come from."""
+        """Return the argument that says where they come from."""
         names = ("unlabeled_file", "unlabeled_from_train")
         return next((f"--{name}" for name in names if getattr(self, name)), None)
 
     @property
     def ratio(self) -> int:
-        """How many of them come with each labelled row."""
+        """Return the number of them beside each labelled row."""
         return self.unlabeled_ratio or RATIO
 
 
@@ -72,7 +72,7 @@ def load_unlabeled(
     train: Dataset | None,
     columns: Sequence[str],
 ) -> Dataset | None:
-    """The rows without labels that the run trains on, or None; sets `rdrop_unlabeled` where there are some.
+    """Load the rows without labels that the run trains on, or None; sets `rdrop_unlabeled` where there are some.
 
     Args:
         unlabeled_args: where they come from.
@@ -108,7 +108,7 @@ def load_unlabeled(
 
 
 def _rows_left(data_args: DataArguments, train: Dataset, count: int) -> Dataset:
-    """Up to `count` of the rows behind those that `DataArguments.choose_rows` takes."""
+    """Return up to `count` of the rows behind those that `DataArguments.choose_rows` takes."""
     first = data_args.max_train_samples
     if first is None or first >= len(train):
         raise ValueError(
@@ -119,7 +119,7 @@ def _rows_left(data_args: DataArguments, train: Dataset, count: int) -> Dataset:
 
 
 def no_targets(labels: Labels, count: int) -> list[Any]:
-    """The targets of rows without labels: -100, in the type and shape of the labelled ones'."""
+    """Return the targets of rows without labels: -100, in the type and shape of the labelled ones'."""
     if labels.problem_type == MULTI:
         return [[-100.0] * len(labels.names)] * count
     return [-100.0 if labels.problem_type == REGRESSION else -100] * count

@@ -45,7 +45,7 @@ class UnlabeledMixin:
 
 
 def _collate_all(collate: Callable[[list[Any]], Any], features: list[Any]) -> Any:
-    """One batch of all rows; those of evaluation come one by one."""
+    """Make one batch of all rows; those of evaluation come one by one."""
     return collate([row for feature in features for row in (feature if isinstance(feature, list) else [feature])])
 
 
@@ -94,7 +94,7 @@ class MixedSampler(Sampler):
             yield (row, *itertools.islice(others, self.ratio))
 
     def _from(self, place: int) -> Iterator[int]:
-        """The rows without labels from this place of their sequence on."""
+        """Yield the rows without labels from this place of their sequence on."""
         first, done = divmod(place, self.rows)
         for number in itertools.count(first):
             order = np.random.default_rng((self.seed, number)).permutation(self.rows)

@@ -1,4 +1,4 @@
-"""The arguments of init_model.py, and what makes no model."""
+"""Arguments of init_model.py, and what makes no model."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Literal
 
 @dataclass
 class InitModelArguments:
-    """What to train the tokenizer on, and the size of the model."""
+    """Text that the tokenizer is trained on, and the size of the model."""
 
     output_dir: str = field(metadata={"help": "Folder to write; must be new or empty unless --overwrite is given."})
     train_files: list[str] | None = field(

@@ -1,4 +1,4 @@
-"""The configurations of init_model.py's models: sizes as it was asked for, token ids from the tokenizer."""
+"""Configurations of init_model.py's models: sizes as it was asked for, token ids from the tokenizer."""
 
 from transformers import BertConfig, GPT2Config, PegasusConfig, PreTrainedTokenizerFast
 

@@ -84,7 +84,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, args: InitModelArguments) ->
 
 
 def build_text(args: InitModelArguments) -> tuple[PreTrainedTokenizerFast, PreTrainedModel]:
-    """The tokenizer, trained on the files, and the model."""
+    """Train the tokenizer on the files, and make the model."""
     texts = [text for path in args.train_files for text in read_texts(path, args.text_columns)]
     if not texts:
         raise ValueError(f"{', '.join(args.train_files)}: no text to train a tokenizer on, only empty values.")

@@ -1,4 +1,4 @@
-"""The tokenizer of init_model.py: byte-pair encoding that keeps case and falls back to bytes."""
+"""Tokenizer of init_model.py: byte-pair encoding that keeps case and falls back to bytes."""
 
 import json
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The image model of init_model.py: a vision transformer (ViT) and its image processor."""
+"""Image model of init_model.py: a vision transformer (ViT) and its image processor."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from from_scratch.arguments import InitModelArguments
 
 
 def build_vision(args: InitModelArguments) -> tuple[Any, ViTModel]:
-    """The image processor and the randomly initialised model; the caller's random state is left as it was."""
+    """Return the image processor and the randomly initialised model; the caller's random state is left as it was."""
     dropout = 0.1 if args.dropout is None else args.dropout
     config = ViTConfig(
         hidden_size=args.hidden_size,

@@ -1,4 +1,4 @@
-"""The consistency of several models as a table and a plot, from what their consistency.json files hold."""
+"""Consistency of several models as a table and a plot, from what their consistency.json files hold."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ Sets = Mapping[str, Mapping[str, Any]]  # by validation set, the fields of `hf_r
 
 
 def choose_score(sets: Sets, wanted: str | None) -> str:
-    """The score to show beside the loss.
+    """Choose the score to show beside the loss.
 
     Raises:
         ValueError: the wanted one was not measured.
@@ -39,7 +39,7 @@ def _distance(measured: Mapping[str, Any]) -> str:
 
 
 def markdown_table(models: Mapping[str, Sets], score: str) -> str:
-    """A markdown table for each validation set: one row a model; sub-models as mean ± standard deviation.
+    """Write a markdown table for each validation set: one row a model; sub-models as mean ± standard deviation.
 
     Args:
         models: by model and validation set what was measured.
@@ -67,7 +67,7 @@ def markdown_table(models: Mapping[str, Sets], score: str) -> str:
 
 
 def plot(models: Mapping[str, Sets], score: str, path: Path) -> None:
-    """A row of panels a validation set: loss and score of ensembles of n, and how far they are from dropout off.
+    """Draw a row of panels a validation set: loss and score of ensembles of n, and how far they are from dropout off.
 
     One colour a model: points on a line for the ensembles, a dashed line for dropout off, a dotted one for the mean of
     single sub-models with a band of one standard deviation.

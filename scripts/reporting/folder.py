@@ -1,4 +1,4 @@
-"""The output folder of many runs: one process at work in it, and one set of settings."""
+"""Output folder of many runs: one process at work in it, and one set of settings."""
 
 import json
 from collections.abc import Iterator

@@ -9,12 +9,12 @@ __all__ = ["NOTHING", "number_cell", "plain", "table_lines"]
 
 
 def number_cell(value: float | None, form: str, unit: str = "") -> str:
-    """A number in a format, if there is one."""
+    """Write a number in a format, if there is one."""
     return NOTHING if value is None else f"{value:{form}}{unit}"
 
 
 def plain(value: Any) -> str:
-    """A value, or a dict or list of values, as a text."""
+    """Write a value, or a dict or list of values, as a text."""
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {plain(inner)}" for name, inner in value.items())
     if isinstance(value, (list, tuple)):
@@ -23,5 +23,5 @@ def plain(value: Any) -> str:
 
 
 def table_lines(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a markdown table."""
+    """Return the lines of a markdown table."""
     return table(columns, rows).split("\n")

@@ -1,4 +1,4 @@
-"""The look of pictures: colours and markers by name, panels, names beside points."""
+"""Look of pictures: colours and markers by name, panels, names beside points."""
 
 import itertools
 import math
@@ -51,7 +51,7 @@ def styles(names: Sequence[str], controls: Sequence[str] = ()) -> dict[str, Styl
 
 
 def fullest(fewest: int, most: int, number: int) -> int:
-    """How many columns leave the fewest places of the last row empty."""
+    """Choose the number of columns that leaves the fewest places of the last row empty."""
     return min(range(fewest, most + 1), key=lambda columns: (-number % columns, -columns))
 
 

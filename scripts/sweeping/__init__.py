@@ -1,1 +1,1 @@
-"""The search of sweep.py: its trials, and the report on them."""
+"""Parts of sweep.py: its trials, and the report on them."""

@@ -1,4 +1,4 @@
-"""What came out of a sweep: the trials as JSON, a table, and a plot."""
+"""Report of a sweep: the trials as JSON, a table, and a plot."""
 
 import math
 from collections.abc import Sequence
@@ -50,11 +50,11 @@ class Trial:
 
     @property
     def counts(self) -> bool:
-        """Whether the trial is one of --num_trials: it has ended, well or badly."""
+        """Tell whether the trial is one of --num_trials: it has ended, well or badly."""
         return self.state in ("complete", "pruned", "failed")
 
     def describe(self, metric: str) -> str:
-        """A line for the terminal."""
+        """Describe the trial in a line for the terminal."""
         values = ", ".join(f"{SHORT[name]} {value:g}" for name, value in self.parameters.items())
         if self.state == "failed":
             outcome = f"FAILED ({self.error})"
@@ -69,7 +69,7 @@ class Sweep:
     """All trials of a sweep, and how they were judged.
 
     Args:
-        script: of this folder, such as `run_glue.py`.
+        script: such as `run_glue.py`.
         metric: as in `eval_results.json`.
         minimize: whether lower is better.
         judged_on: the data that the scores are of, in words.
@@ -84,13 +84,13 @@ class Sweep:
 
     @property
     def ranked(self) -> list[Trial]:
-        """The complete trials, the best first; of equals the earlier."""
+        """Return the complete trials, the best first; of equals the earlier."""
         complete = [trial for trial in self.trials if trial.state == "complete"]
         return sorted(complete, key=lambda trial: trial.score if self.minimize else -trial.score)
 
     @property
     def summary(self) -> str:
-        """How many trials of each state there are, and what their scores are."""
+        """Count the trials of each state, and sum up their scores."""
         states = [trial.state for trial in self.trials]
         counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
         better = "lower" if self.minimize else "higher"
@@ -103,7 +103,7 @@ def round_parameters(parameters: dict[str, float]) -> dict[str, float]:
 
 
 def read_trials(study: optuna.Study) -> list[Trial]:
-    """The trials in optuna's storage; the reasons of failed ones are in the study's attribute `errors`."""
+    """Read the trials in optuna's storage; the reasons of failed ones are in the study's attribute `errors`."""
     errors, trials = study.user_attrs.get("errors", {}), []
     for trial in study.get_trials(deepcopy=False):
         error = errors.get(str(trial.number))
@@ -134,7 +134,7 @@ def write_report(sweep: Sweep, folder: Path, log_scale: Sequence[str], command: 
 
 
 def markdown(sweep: Sweep, command: str | None) -> str:
-    """The table of all trials, the best first, and the command that trains with the best parameters."""
+    """Write the table of all trials, the best first, and the command that trains with the best parameters."""
     names = list(dict.fromkeys(name for trial in sweep.trials for name in trial.parameters))
     order = ("pruned", "failed", "interrupted", "running")
     others = sorted((t for t in sweep.trials if t.state in order), key=lambda trial: order.index(trial.state))
@@ -156,7 +156,7 @@ def markdown(sweep: Sweep, command: str | None) -> str:
 
 
 def terminal_table(sweep: Sweep, rows: int = 5) -> Table:
-    """The best complete trials."""
+    """Show the best complete trials."""
     table = Table(box=box.SIMPLE_HEAD, title=f"Best of {len(sweep.trials)} trials")
     names = list(sweep.ranked[0].parameters)
     for name in ("trial", sweep.metric.removeprefix("eval_"), *map(SHORT.get, names), "seconds"):
@@ -168,7 +168,7 @@ def terminal_table(sweep: Sweep, rows: int = 5) -> Table:
 
 
 def plot(sweep: Sweep, path: Path, log_scale: Sequence[str]) -> None:
-    """The score over each searched parameter, and over the trials with the best one so far.
+    """Draw the score over each searched parameter, and over the trials with the best one so far.
 
     Args:
         sweep: what to draw; at least one trial is complete.
@@ -212,7 +212,7 @@ def plot(sweep: Sweep, path: Path, log_scale: Sequence[str]) -> None:
 
 
 def _set_log_scale(axis: Any, values: Sequence[float]) -> None:
-    """A logarithmic x axis with plain numbers; also between the powers of ten where there is room."""
+    """Make the x axis logarithmic, with plain numbers; also between the powers of ten where there is room."""
     axis.set_xscale("log")
     few_decades = max(values) < 100 * min(values)
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few_decades else (1,)))

@@ -1,4 +1,4 @@
-"""The trials of a sweep: optuna through `Trainer.hyperparameter_search`, each trial recorded, none run twice."""
+"""Trials of a sweep: optuna through `Trainer.hyperparameter_search`, each trial recorded, none run twice."""
 
 import copy
 import math
@@ -98,19 +98,19 @@ def run_trials(
 
 
 def trial_seed(seed: int, number: int) -> int:
-    """A seed for the parameters of one trial; those of other trials and other sweeps have nothing to do with it."""
+    """Return a seed for the parameters of one trial, independent of other trials and other sweeps."""
     return int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
 
 
 def draw_parameters(trial: optuna.Trial, ranges: Ranges) -> dict[str, float]:
-    """The trial's parameters: drawn at the first call, the same at every later one."""
+    """Draw the trial's parameters: at the first call, the same at every later one."""
     for name, (low, high) in ranges.items():
         trial.suggest_float(name, low, high, log=name in LOG_SCALE)
     return round_parameters(trial.params)
 
 
 def read_score(metrics: Mapping[str, float], metric: str) -> float:
-    """The score of an evaluation.
+    """Return the score of an evaluation.
 
     Raises:
         FloatingPointError: score or loss is not finite.
@@ -130,7 +130,7 @@ def _record_failure(study: optuna.Study, error: Exception) -> None:
 
 
 class LatePruner(optuna.pruners.MedianPruner):
-    """The median rule in the second half of a training, and not at its end, when nothing is left to save.
+    """Median rule in the second half of a training, and not at its end, when nothing is left to save.
 
     Not in the first half, because R-Drop learns more slowly per step: an early median would prefer little of it.
     """

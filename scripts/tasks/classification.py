@@ -13,7 +13,7 @@ from hf_rdrop.metrics import Calibration
 
 
 def read_targets(splits: dict[str, Dataset], labels: Labels, column: str) -> dict[str, list[Any] | None]:
-    """The model's targets in each split; None where a test set withholds them."""
+    """Return the model's targets in each split; None where a test set withholds them."""
     targets: dict[str, list[Any] | None] = {}
     for split, dataset in splits.items():
         values = list(dataset[column]) if column in dataset.column_names else [None]
@@ -23,7 +23,7 @@ def read_targets(splits: dict[str, Dataset], labels: Labels, column: str) -> dic
 
 
 def flip_labels(targets: list[int], labels: Labels, share: float, seed: int) -> list[int]:
-    """The targets with this share of them, rounded, replaced by another class, all others equally likely."""
+    """Replace this share of the targets, rounded, by another class, all others equally likely."""
     if labels.problem_type != SINGLE:
         raise ValueError(f"--label_noise flips classes, and has no meaning for {labels.problem_type}: leave it out.")
     random, flipped = np.random.default_rng(seed), np.asarray(targets)
@@ -40,7 +40,7 @@ def predict_labels(logits: np.ndarray, labels: Labels) -> np.ndarray:
 
 
 def score(p: EvalPrediction, labels: Labels, compute: Callable[[Any, Any], dict[str, float]]) -> dict[str, float]:
-    """The task's metrics and, for classes, how far the probabilities can be believed."""
+    """Compute the task's metrics and, for classes, how far the probabilities can be believed."""
     metrics = compute(predict_labels(p.predictions, labels), p.label_ids)
     if labels.problem_type == SINGLE:
         probabilities = softmax(p.predictions.astype(np.float64), axis=-1)

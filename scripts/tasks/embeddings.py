@@ -1,4 +1,4 @@
-"""The data of run_contrastive.py: sentences to train on, and pairs with a similarity score to evaluate on."""
+"""Data of run_contrastive.py: sentences to train on, and pairs with a similarity score to evaluate on."""
 
 import logging
 import math
@@ -43,7 +43,8 @@ class ContrastiveArguments:
         },
     )
     pair_columns: list[str] = field(
-        default_factory=lambda: ["sentence1", "sentence2"], metadata={"help": "The two columns of each pair."}
+        default_factory=lambda: ["sentence1", "sentence2"],
+        metadata={"help": "Two columns with the texts of each pair."},
     )
     score_column: str = field(
         default="score", metadata={"help": "Column of the score: a number, higher for more similar, of any scale."}
@@ -67,7 +68,7 @@ class ContrastiveArguments:
         self.source("train_file")  # checks the numbers
 
     def source(self, file: str) -> DataArguments:
-        """Where one of the two kinds of data comes from, as the other scripts' loading takes it."""
+        """Return the source of one of the two kinds of data, as the other scripts' loading takes it."""
         path = getattr(self, file)
         return DataArguments(
             **{file: path},
@@ -81,7 +82,7 @@ class ContrastiveArguments:
 
 
 def load_sentences(data_args: ContrastiveArguments, model_args: ModelArguments) -> Dataset:
-    """The sentences to train on, in a column `text`.
+    """Load the sentences to train on, in a column `text`.
 
     Raises:
         ValueError: there is no source, it cannot be read, or a row of it is no text or empty.

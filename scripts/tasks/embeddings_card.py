@@ -1,4 +1,4 @@
-"""The model card of run_contrastive.py: how the embeddings were trained, and how to compute them."""
+"""Model card of run_contrastive.py: how the embeddings were trained, and how to compute them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The trainer of run_contrastive.py: InfoNCE between two dropout passes of a batch of sentences (SimCSE)."""
+"""Trainer of run_contrastive.py: InfoNCE between two dropout passes of a batch of sentences (SimCSE)."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -151,7 +151,7 @@ class ContrastiveTrainer(ScriptMixin, CleanPushMixin, ResumeMixin, Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[None, Tensor, Tensor]:
-        """The cosine similarity of each pair, and its score."""
+        """Return the cosine similarity of each pair, and its score."""
         pairs = self._prepare_inputs(inputs)
         scores = pairs.pop("labels")
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -209,7 +209,7 @@ class ContrastiveTrainer(ScriptMixin, CleanPushMixin, ResumeMixin, Trainer):
 
 
 class _ContrastiveCallback(TrainerCallback):
-    """The moments of training for which Trainer has no method to override."""
+    """Moments of training for which Trainer has no method to override."""
 
     def __init__(self, trainer: ContrastiveTrainer) -> None:
         self.trainer = trainer

@@ -1,4 +1,4 @@
-"""The data of run_glue.py and run_glue_no_trainer.py: GLUE tasks and data sets of their form."""
+"""Data of run_glue.py and run_glue_no_trainer.py: GLUE tasks and data sets of their form."""
 
 import logging
 from collections.abc import Callable
@@ -41,7 +41,7 @@ GLUE_TASKS: dict[str, tuple[list[str], list[str] | None]] = {
 
 @dataclass
 class GlueArguments(DataArguments):
-    """The data: a GLUE task (from the Hub, or its columns in your files), a data set of the Hub, or files."""
+    """Data: a GLUE task (from the Hub, or its columns in your files), a data set of the Hub, or files."""
 
     task_name: str | None = field(
         default=None,
@@ -54,7 +54,7 @@ class GlueArguments(DataArguments):
     problem_type: str | None = field(
         default=None,
         metadata={
-            "help": "What the labels are. Default: by their type (strings and whole numbers: classes; real numbers: "
+            "help": "Kind of labels. Default: by their type (strings and whole numbers: classes; real numbers: "
             "regression; lists: several classes at once).",
             "choices": [SINGLE, MULTI, REGRESSION],
         },
@@ -93,7 +93,7 @@ class GlueArguments(DataArguments):
 
 
 def load_data(data_args: GlueArguments, model_args: ModelArguments, **wanted: bool) -> dict[str, Dataset]:
-    """The splits of the run by name; `wanted` says which of train, validation and test it needs."""
+    """Load the splits of the run by name; `wanted` says which of train, validation and test it needs."""
     files = data_args.train_file or data_args.validation_file or data_args.test_file
     if not files and not data_args.dataset_name:
         data_args = replace(data_args, dataset_name="nyu-mll/glue", dataset_config_name=data_args.task_name)
@@ -105,7 +105,7 @@ def load_data(data_args: GlueArguments, model_args: ModelArguments, **wanted: bo
 
 
 def choose_text_columns(data_args: GlueArguments, splits: dict[str, Dataset]) -> list[str]:
-    """One text column or a pair of them: as given, the task's, or found by name; checked in every split."""
+    """Choose one text column or a pair: as given, the task's, or found by name; checked in every split."""
     task_columns = GLUE_TASKS[data_args.task_name][0] if data_args.task_name else None
     columns = data_args.text_columns or task_columns
     if columns is None:
@@ -126,7 +126,7 @@ def choose_text_columns(data_args: GlueArguments, splits: dict[str, Dataset]) ->
 
 
 def choose_labels(data_args: GlueArguments, splits: dict[str, Dataset], config: Any) -> Labels:
-    """What the labels mean: by the task, by the training data, or by the model when the run does not train."""
+    """Choose the meaning of labels: by the task, the training data, or the model when the run does not train."""
     column = data_args.label_column
     for split, dataset in splits.items():
         if not split.startswith("test"):
@@ -167,7 +167,7 @@ def tokenize(
 
 
 def build_metric(data_args: GlueArguments, labels: Labels) -> Callable[[Any, Any], dict[str, float]]:
-    """A function of predictions and references that returns the metrics of the task."""
+    """Return a function of predictions and references that computes the metrics of the task."""
     task = data_args.metric or data_args.task_name
     metric = Glue(task) if task else SequenceClassification(labels.problem_type)
 
@@ -181,7 +181,7 @@ def build_metric(data_args: GlueArguments, labels: Labels) -> Callable[[Any, Any
 
 
 def format_predictions(predictions: np.ndarray, labels: Labels) -> str:
-    """The text of a prediction file: a header, then row number and label."""
+    """Write the text of a prediction file: a header, then row number and label."""
     if labels.problem_type == REGRESSION:
         values = [f"{value:.3f}" for value in predictions]
     elif labels.problem_type == MULTI:

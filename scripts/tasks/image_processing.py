@@ -21,7 +21,7 @@ DEEP = ("I", "F")  # 16 bits a channel and more: Pillow would cut these down to 
 
 @dataclass
 class ImageModelArguments(ModelArguments):
-    """Which model to train or evaluate, and how it takes its images."""
+    """Model to train or evaluate, and how it takes its images."""
 
     image_processor_name: str | None = field(
         default=None, metadata={"help": "Image processor, if not the model's own."}
@@ -30,7 +30,7 @@ class ImageModelArguments(ModelArguments):
 
 
 def load_image_processor(model_args: ImageModelArguments) -> Any:
-    """The model's image processor, in its form for Pillow, so that results do not depend on what is installed."""
+    """Load the model's image processor, in its form for Pillow, so that results do not depend on what is installed."""
     name = model_args.image_processor_name or model_args.model_name_or_path
     argument = "image_processor_name" if model_args.image_processor_name else "model_name_or_path"
     return load_part(AutoImageProcessor, name, argument, model_args, backend="pil")
@@ -66,7 +66,7 @@ class PreparedImages(torch.utils.data.Dataset):
         return row if self.targets is None else {**row, "labels": self.targets[index]}
 
     def open(self, index: int) -> Image.Image:
-        """The image of a row; any error if it is none."""
+        """Open the image of a row; any error if it is none."""
         image = self.images[index][self.column]
         if image is None:
             raise ValueError("there is no image")
@@ -75,12 +75,12 @@ class PreparedImages(torch.utils.data.Dataset):
         return image.convert(self.mode)
 
     def prepare(self, image: Image.Image) -> Tensor:
-        """What the model takes, `[C, H, W]`."""
+        """Return what the model takes, `[C, H, W]`."""
         return self.processor(image, return_tensors="pt")["pixel_values"][0]
 
 
 class _Trial(torch.utils.data.Dataset):
-    """The same rows, as the shape of each image or why it cannot be prepared."""
+    """Same rows, as the shape of each image or why it cannot be prepared."""
 
     def __init__(self, images: PreparedImages) -> None:
         self.images = images

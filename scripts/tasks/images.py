@@ -1,4 +1,4 @@
-"""The images of run_image_classification.py: a data set of the Hub, folders of images, or scikit-learn's digits."""
+"""Images of run_image_classification.py: a data set of the Hub, folders of images, or scikit-learn's digits."""
 
 import logging
 from collections.abc import Iterable, Sequence
@@ -24,7 +24,7 @@ FOLDER_ARGUMENTS = {"train": "train_dir", "validation": "validation_dir", "test"
 
 @dataclass
 class ImageArguments(DataArguments):
-    """The data: a data set of the Hub, folders that hold a folder of images for each class, or the bundled digits."""
+    """Data: a data set of the Hub, folders that hold a folder of images for each class, or the bundled digits."""
 
     train_dir: str | None = field(
         default=None, metadata={"help": "Training images: a folder with one folder of images a class, named as it."}
@@ -119,7 +119,7 @@ def _load_local(data_args: ImageArguments, split: str) -> Dataset:
 
 
 def read_digits(split: str) -> tuple[list[Image.Image], list[int], datasets.ClassLabel]:
-    """The images, classes and names of the classes in the `train` or `validation` part of scikit-learn's digits.
+    """Return images, classes and class names of the `train` or `validation` part of scikit-learn's digits.
 
     They are in the order of their collection, in which those of one writer follow each other. The validation part is
     the last third of each class, so most of it is by writers whom training has not seen.
@@ -136,7 +136,7 @@ def read_digits(split: str) -> tuple[list[Image.Image], list[int], datasets.Clas
 
 
 def read_folder(path: str, needs_classes: bool) -> tuple[list[str], list[str] | None]:
-    """The image files of a folder in the order of their names, and the name of the folder each is in as its class.
+    """List the image files of a folder by name, each with the name of its own folder as its class.
 
     Without classes (None) where the images lie in the folder itself.
 
@@ -175,7 +175,7 @@ def _visible(folder: Path) -> list[Path]:
 
 
 def _images_in(folder: Path) -> list[Path]:
-    """The images, which their names' endings tell; how much else there is gets logged."""
+    """List the images, which their names' endings tell; how much else there is gets logged."""
     files = sorted(item for item in _visible(folder) if not item.is_dir())
     others = [file for file in files if file.suffix.lower() not in _endings()]
     if others:
@@ -195,7 +195,7 @@ def _endings() -> set[str]:
 
 
 def choose_labels(data_args: ImageArguments, splits: dict[str, Dataset], config: Any) -> Labels:
-    """The classes of the training data, or of the model when the run does not train."""
+    """Return the classes of the training data, or of the model when the run does not train."""
     column = data_args.label_column_name
     names = feature_names(next(iter(splits.values())).features.get(column))
     if "train" not in splits:
@@ -205,13 +205,13 @@ def choose_labels(data_args: ImageArguments, splits: dict[str, Dataset], config:
 
 
 def format_predictions(files: Sequence[str] | None, predictions: np.ndarray, labels: Labels) -> str:
-    """The text of a prediction file: a header, then each image's file (or number, without files) and class."""
+    """Write the text of a prediction file: a header, then each image's file (or number, without files) and class."""
     rows = zip(files or range(len(predictions)), predictions, strict=True)
     return "".join([f"{'image' if files else 'index'}\tprediction\n", *(f"{x}\t{labels.names[i]}\n" for x, i in rows)])
 
 
 def file_names(dataset: Dataset, data_args: ImageArguments) -> list[str] | None:
-    """The images' files inside --test_dir; None for another source."""
+    """Return the images' files inside --test_dir; None for another source."""
     if data_args.test_dir is None:
         return None
     stored = dataset.cast_column(data_args.image_column_name, datasets.Image(decode=False))

@@ -1,4 +1,4 @@
-"""The data of run_clm.py: texts joined into one stream of tokens and cut into blocks, masks, and scores per token."""
+"""Data of run_clm.py: texts joined into one stream of tokens and cut into blocks, masks, and scores per token."""
 
 import logging
 import zlib
@@ -23,7 +23,7 @@ logger = logging.getLogger(f"hf_rdrop.scripts.{__name__}")
 
 @dataclass
 class ClmArguments(DataArguments):
-    """The data: texts, from the Hub or from files."""
+    """Data: texts, from the Hub or from files."""
 
     train_file: str | None = field(
         default=None,
@@ -91,7 +91,7 @@ def check_model(config: Any, tokenizer: Any, mlm: bool) -> None:
 
 
 def load_texts(data_args: ClmArguments, model_args: Any, wanted: list[str]) -> dict[str, Dataset]:
-    """The splits of the run, each with the one column `text`.
+    """Load the splits of the run, each with the one column `text`.
 
     Raises:
         ValueError: a split cannot be loaded, it is open which column holds the texts, or a value is no text.
@@ -116,7 +116,7 @@ def load_texts(data_args: ClmArguments, model_args: Any, wanted: list[str]) -> d
 
 
 def tokenize(texts: Dataset, split: str, tokenizer: Any, data_args: ClmArguments) -> np.ndarray:
-    """The tokens of all texts that are not blank, one after the other.
+    """Return the tokens of all texts that are not blank, one after the other.
 
     A text has the special tokens that the tokenizer puts around it, and, where the next token is predicted, the
     end-of-sequence token after it. Nothing is cut off.
@@ -157,7 +157,7 @@ def cut(tokens: np.ndarray, block_size: int, pad: int) -> Dataset:
 
 
 def make_blocks(texts: Dataset, split: str, tokenizer: Any, data_args: ClmArguments, model: Any) -> Dataset:
-    """The rows of a split: `input_ids`, `attention_mask`, and `labels` (without them for training with --mlm).
+    """Make the rows of a split: `input_ids`, `attention_mask`, and `labels` (without them for training with --mlm).
 
     Raises:
         ValueError: the model has no embedding for a token, or no token is left to predict.
@@ -209,7 +209,7 @@ class BlockCollator(TrainerCallback):
         return default_data_collator([row if "labels" in row else self.mask(row) for row in rows])
 
     def mask(self, row: dict[str, Any]) -> dict[str, Any]:
-        """The row with masked `input_ids`, and `labels` where something is to be predicted."""
+        """Return the row with masked `input_ids`, and `labels` where something is to be predicted."""
         ids = torch.tensor([row["input_ids"]])
         key = np.array([self.seed, int(self.epoch), *row["input_ids"]], dtype=np.int64)
         self.collator.generator = torch.Generator().manual_seed(zlib.crc32(key.tobytes()))

@@ -1,4 +1,4 @@
-"""The data of run_ner.py: lists of words with a tag each, and their tokens."""
+"""Data of run_ner.py: lists of words with a tag each, and their tokens."""
 
 import logging
 import re
@@ -19,7 +19,7 @@ logger = logging.getLogger(f"hf_rdrop.scripts.{__name__}")
 
 @dataclass
 class NerArguments(DataArguments):
-    """The data: rows of words and tags, from the Hub or from json files."""
+    """Data: rows of words and tags, from the Hub or from json files."""
 
     task_name: str = field(
         default="ner", metadata={"help": "ner, pos or chunk: the column of the tags is `<task_name>_tags`."}
@@ -73,7 +73,7 @@ def check_rows(dataset: Dataset, split: str, data_args: NerArguments) -> None:
 
 
 def choose_labels(data_args: NerArguments, splits: dict[str, Dataset], config: Any) -> Labels:
-    """The tags of the training data, or of the model when the run does not train."""
+    """Return the tags of the training data, or of the model when the run does not train."""
     column = data_args.label_column_name
     names = feature_names(next(iter(splits.values())).features.get(column))
     if "train" not in splits:
@@ -98,12 +98,12 @@ def choose_labels(data_args: NerArguments, splits: dict[str, Dataset], config: A
 
 
 def has_chunks(names: Sequence[str]) -> bool:
-    """Whether the tags mark spans (B-person, I-person, O) rather than single words (NOUN, VERB)."""
+    """Tell whether the tags mark spans (B-person, I-person, O) rather than single words (NOUN, VERB)."""
     return all(re.fullmatch(r"O|[BIESLU]-.+", name) for name in names)
 
 
 def read_targets(dataset: Dataset, split: str, labels: Labels, data_args: NerArguments) -> list[list[int]] | None:
-    """The index of each word's tag; None where a test set withholds them."""
+    """Return the index of each word's tag; None where a test set withholds them."""
     column = data_args.label_column_name
     tags = list(dataset[column]) if column in dataset.column_names else [None]
     if split == "test" and any(row is None or labels.withheld(row) for row in tags):
@@ -211,7 +211,7 @@ def compute_metrics(p: EvalPrediction, labels: Labels, data_args: NerArguments) 
 
 
 def format_predictions(predictions: np.ndarray, first: list[list[int]], words: list[list[str]], labels: Labels) -> str:
-    """One line a row with one tag a word; words that were lost to the model get O, or _ where there is no O."""
+    """Write one line a row with one tag a word; words that were lost to the model get O, or _ where there is no O."""
     lines = []
     for row, row_first, row_words in zip(predictions, first, words, strict=True):
         tags = ["O" if "O" in labels.names else "_"] * len(row_words)

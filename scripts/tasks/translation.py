@@ -1,4 +1,4 @@
-"""The data of run_translation.py: pairs of texts, their tokens, and scores of generated texts."""
+"""Data of run_translation.py: pairs of texts, their tokens, and scores of generated texts."""
 
 import logging
 import re
@@ -21,7 +21,7 @@ BLEU_TOKENIZERS = {"zh": "zh", "ja": "char", "th": "char", "lo": "char", "km": "
 
 @dataclass
 class TranslationArguments(DataArguments):
-    """The data: pairs of texts, from the Hub or from files."""
+    """Data: pairs of texts, from the Hub or from files."""
 
     source_lang: str | None = field(default=None, metadata={"help": "Language to translate from: a key of each row."})
     target_lang: str | None = field(default=None, metadata={"help": "Language to translate to: a key of each row."})
@@ -65,7 +65,7 @@ class TranslationArguments(DataArguments):
 
 
 def read_pairs(dataset: Dataset, split: str, data_args: TranslationArguments) -> Dataset:
-    """The rows as plain text in `source` and `target`; a test set may have no targets.
+    """Return the rows as plain text in `source` and `target`; a test set may have no targets.
 
     Raises:
         ValueError: a column, a language or a text is missing; names the row.
@@ -159,7 +159,7 @@ def decode(predictions: np.ndarray, tokenizer: Any, keep_lines: bool = False) ->
 
 
 def sentence_lines(text: str) -> str:
-    """The text with each sentence on a line of its own: cut at line breaks, and at blanks after . ! or ?"""
+    """Put each sentence of the text on a line of its own: cut at line breaks, and at blanks after . ! or ?"""
     return "\n".join(line for line in re.split(r"\s*\n\s*|(?<=[.!?])\s+", text.strip()) if line)
 
 
