@@ -126,9 +126,8 @@ def test_the_recipe_for_trl_trains(tmp_path):
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    args = names["RDropSFTConfig"](
-        str(tmp_path), rdrop_dropout=0.3, max_steps=2, logging_steps=1, use_cpu=True, bf16=False, report_to=[]
-    )
+    quiet = {"use_cpu": True, "bf16": False, "report_to": [], "save_strategy": "no"}
+    args = names["RDropSFTConfig"](str(tmp_path), rdrop_dropout=0.3, max_steps=2, logging_steps=1, **quiet)
     trainer = names["RDropSFTTrainer"](
         model=LlamaForCausalLM(LlamaConfig(vocab_size=40, pad_token_id=0, eos_token_id=2, **sizes)),
         args=args,
