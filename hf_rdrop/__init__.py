@@ -1,9 +1,9 @@
 """R-Drop (regularized dropout) for Hugging Face Transformers."""
 
-from .consistency import Consistency, measure_consistency
+from .consistency.measure import Consistency, measure_consistency
 from .dropout import inspect_dropout, set_dropout
 from .loss import RDropLoss
-from .sub_models import SubModels, insert_dropout
+from .sub_models.sources import SubModels, insert_dropout
 from .trainer import RDropMixin, RDropSeq2SeqTrainer, RDropTrainer
 from .training_args import RDropArguments, RDropSeq2SeqTrainingArguments, RDropTrainingArguments
 from .version import __version__

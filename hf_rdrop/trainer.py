@@ -9,18 +9,17 @@ from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 
 from .batch import NON_BATCH_INPUTS, get_batch_size, repeat_batch
-from .checks import check_bases, check_batch, check_training_setup
+from .cards.card import write_card
+from .checkpoints.resuming import ResumeMixin, set_epoch
 from .dropout import draw_own_masks
-from .economies import Economies
-from .heads import without_answers
-from .hub import CleanPushMixin
-from .loss_log import LossLog
-from .model_card import write_card
-from .objective import BatchLoss, Objective
-from .parent_loss import check_was_called
-from .resuming import ResumeMixin, set_epoch
-from .step_logs import StepLogMixin
-from .sub_models import SubModels
+from .hub.push import CleanPushMixin
+from .objective.batch_loss import BatchLoss, Objective
+from .objective.heads import without_answers
+from .objective.parent_loss import check_was_called
+from .training.checks import check_bases, check_batch, check_training_setup
+from .training.loss_log import LossLog
+from .training.run import Economies
+from .training.step_logs import StepLogMixin
 
 if TYPE_CHECKING:
     _AnyTrainer = Trainer
@@ -89,7 +88,6 @@ class RDropMixin(CleanPushMixin, ResumeMixin, StepLogMixin, _AnyTrainer):
     """
 
     non_batch_inputs: frozenset[str] = NON_BATCH_INPUTS
-    _sub_models: SubModels | None
     compute_loss_func: Callable[..., Tensor] | None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -109,7 +107,7 @@ class RDropMixin(CleanPushMixin, ResumeMixin, StepLogMixin, _AnyTrainer):
         self.model_accepts_loss_kwargs, self.loss_is_scaled_for_ga = True, None
         self._log = LossLog()
         self._economies: Economies | None = None
-        self._installed, self._sub_models = ExitStack(), None  # a `SubModels` while training with one
+        self._installed = ExitStack()  # of `sub_models` while training
         self._apply_dropout(self.model)
         if self.compute_loss_func is not None:
             self.compute_loss_func = self._as_mean(self.compute_loss_func)
@@ -157,7 +155,7 @@ class RDropMixin(CleanPushMixin, ResumeMixin, StepLogMixin, _AnyTrainer):
             self._economies.remove()
         self._end_training()
         check_training_setup(self)
-        self._sub_models = self._installed.enter_context(self.sub_models())
+        self._installed.enter_context(self.sub_models())
         self._economies = Economies(self)
         # (Processes that share a batch, in tensor parallelism, must draw the same.)
         tensor_parallel = getattr(getattr(self.accelerator, "parallelism_config", None), "tp_size", 1)
@@ -166,7 +164,6 @@ class RDropMixin(CleanPushMixin, ResumeMixin, StepLogMixin, _AnyTrainer):
     def _end_training(self) -> None:
         """Take off the model what `sub_models` put on it."""
         self._installed.close()
-        self._sub_models = None
 
     # ---- The objective ----
 
@@ -174,9 +171,8 @@ class RDropMixin(CleanPushMixin, ResumeMixin, StepLogMixin, _AnyTrainer):
         try:
             loss = super().training_step(*args, **kwargs)
         finally:
-            for part in (self._economies, self._sub_models):
-                if part is not None:
-                    part.stop()
+            if self._economies is not None:
+                self._economies.stop()
         check_was_called(type(self), self._log)
         return loss
 
@@ -220,8 +216,6 @@ class RDropMixin(CleanPushMixin, ResumeMixin, StepLogMixin, _AnyTrainer):
     ) -> BatchLoss:
         """CE and agreement of a training batch."""
         passes, objective = self._passes, Objective(self, parent_loss)
-        if self._sub_models is not None:
-            self._sub_models.start(passes)
         if not self.rdrop_argument("alpha"):
             return objective.plain(model, inputs, self.find_labels(inputs))
         labels = check_batch(self, inputs)
@@ -230,7 +224,6 @@ class RDropMixin(CleanPushMixin, ResumeMixin, StepLogMixin, _AnyTrainer):
             economies.try_out(model, inputs, labels)
         economies.start(passes)
         if economies.fused_head is not None and not return_outputs:
-            has_target = self._compares and self.rdrop_argument("deterministic_target")
             loss, ce, kl = economies.fused_head.loss(
                 model,
                 inputs,
@@ -239,7 +232,6 @@ class RDropMixin(CleanPushMixin, ResumeMixin, StepLogMixin, _AnyTrainer):
                 shift_labels=self.shifts_labels,
                 alpha=self._alpha,
                 label_smoothing=self.args.label_smoothing_factor,
-                fixed_pass=self._fixed_pass if has_target else None,
             )
             return BatchLoss(ce, kl, None, loss)
         if not self._compares:

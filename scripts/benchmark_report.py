@@ -13,7 +13,7 @@ from comparison.tables import table_lines
 from rich import box
 from rich.table import Table as RichTable
 
-from hf_rdrop.fused_head import MIN_VOCAB_SIZE
+from hf_rdrop.fused.head import MIN_VOCAB_SIZE
 
 Group = Mapping[str, Any]
 MIB = 2**20

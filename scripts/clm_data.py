@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import DataCollatorForLanguageModeling, EvalPrediction, TrainerCallback, default_data_collator
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from hf_rdrop.heads import shifted_labels
+from hf_rdrop.objective.heads import shifted_labels
 
 logger = logging.getLogger(__name__)
 

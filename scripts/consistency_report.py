@@ -12,7 +12,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 USUAL_SCORES = ("f1", "accuracy", "pearson")
-Sets = Mapping[str, Mapping[str, Any]]  # by validation set, the fields of `hf_rdrop.consistency.Consistency`
+Sets = Mapping[str, Mapping[str, Any]]  # by validation set, the fields of `hf_rdrop.consistency.measure.Consistency`
 
 
 def choose_score(sets: Sets, wanted: str | None) -> str:

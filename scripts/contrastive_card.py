@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from hf_rdrop.card_text import inline, is_hub_id, last_part, link, number, public, table, write_atomically
+from hf_rdrop.cards.markdown import inline, is_hub_id, last_part, link, number, public, table
+from hf_rdrop.files import write_atomically
 
 if TYPE_CHECKING:
     from contrastive_training import ContrastiveTrainer

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from hf_rdrop.batch import repeat_batch, split_passes
-from hf_rdrop.checks import check_processes
+from hf_rdrop.checkpoints.resuming import ResumeMixin, set_epoch
 from hf_rdrop.contrastive import POOLINGS, check_temperature, info_nce, pool
 from hf_rdrop.dropout import describe_sources, inspect_dropout, is_stochastic
 from hf_rdrop.hub import CleanPushMixin
-from hf_rdrop.loss_log import LossLog
-from hf_rdrop.places import embeds_with_noise
-from hf_rdrop.resuming import ResumeMixin, set_epoch
+from hf_rdrop.sub_models.places import embeds_with_noise
+from hf_rdrop.training.checks import check_processes
+from hf_rdrop.training.loss_log import LossLog
 
 HEAD = "contrastive_head"  # the attribute of the model that holds SimCSE's MLP while it is trained
 

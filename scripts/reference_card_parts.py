@@ -28,13 +28,14 @@ from comparison.tables import (
 from huggingface_hub import ModelCardData
 
 from hf_rdrop import RDropArguments, __version__
-from hf_rdrop.card_data import HUB_METRICS, TAG
-from hf_rdrop.card_evidence import comparison_part
-from hf_rdrop.card_facts import HeadFacts
-from hf_rdrop.card_logs import curves_part
-from hf_rdrop.card_objective import objective_facts
-from hf_rdrop.card_text import code, inline, link, public
-from hf_rdrop.loss_log import INERT_SHARE
+from hf_rdrop.cards.evidence import comparison_part
+from hf_rdrop.cards.facts import HeadFacts
+from hf_rdrop.cards.history import curves_part
+from hf_rdrop.cards.markdown import code, inline, link, public
+from hf_rdrop.cards.metadata import HUB_METRICS, TAG
+from hf_rdrop.cards.objective import objective_facts
+from hf_rdrop.training.loss_log import INERT_SHARE
+from hf_rdrop.variant_args import REMOVED
 
 KINDS = {
     "run_clm.py": "causal",
@@ -231,7 +232,7 @@ def _limitations(task: Task) -> list[str]:
 
 
 def _rdrop_part(task: Task, history: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    if task.rdrop is None:
+    if task.rdrop is None or REMOVED.keys() & task.options.keys():  # no longer an objective of this library
         return None
     options, alpha, head = task.options, float(task.options.get("rdrop_alpha", 1)), task.head
 
@@ -299,19 +300,24 @@ def _settings(task: Task) -> str:
 
 def _again(task: Task, config: Path | None) -> str:
     """The commands: the whole comparison where its configuration is known, and a run of each arm."""
-    parts = []
+    options = {arm: options_of(task.run(arm).get("arguments", ())) for arm in task.rows}
+    gone = {arm: names for arm, given in options.items() if (names := [name for name in given if name in REMOVED])}
+    arms, parts = [arm for arm in task.rows if arm not in gone], []
     if config is not None:
         seeds = sorted({seed for row in task.rows.values() for seed in row.scores})
         file = config.name if config.is_absolute() or ".." in config.parts else config.as_posix()
-        words = ["--config", file, "--tasks", task.name, "--arms", *task.rows, "--seeds", *map(str, seeds)]
+        words = ["--config", file, "--tasks", task.name, "--arms", *arms, "--seeds", *map(str, seeds)]
         parts += ["The comparison:", "", *_bash(["compare.py", *words, "--output_dir", "outputs/again"]), ""]
     if task.script and all(run.get("arguments") for run in task.runs):
         parts += ["A run of each arm, with its first seed:", ""]
         commands = []
-        for arm in task.rows:
+        for arm in arms:
             output = f"outputs/{file_name(f'{task.name}-{arm}')}"
             commands.append([task.script, *map(public, task.run(arm)["arguments"]), "--output_dir", output])
         parts += _bash(*commands)
+    if gone and parts:
+        told = [f"{code(arm)} ({', '.join(map(code, names))})" for arm, names in gone.items()]
+        parts += ["", f"Arms with an argument that `hf_rdrop` no longer has cannot be run again: {', '.join(told)}."]
     return "\n".join(parts)
 
 

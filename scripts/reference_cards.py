@@ -22,8 +22,8 @@ from comparison.rows import Report, make_report
 from data_files import closest
 from reference_card_parts import Task, file_name, make_parts, metadata
 
-from hf_rdrop.card_evidence import read_consistency
-from hf_rdrop.card_text import render
+from hf_rdrop.cards.evidence import read_consistency
+from hf_rdrop.cards.markdown import render
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -52,7 +52,7 @@ from transformers import AutoModelForSequenceClassification, DataCollatorWithPad
 from hf_rdrop import RDropArguments, RDropLoss, set_dropout
 from hf_rdrop.batch import repeat_batch, split_passes
 from hf_rdrop.checkpoints import saving
-from hf_rdrop.checks import check_stochastic
+from hf_rdrop.training.checks import check_stochastic
 
 logger = logging.getLogger(__name__)
 

@@ -10,11 +10,11 @@ from common import LAST_RESULT_FILE, RESUME_OPTION, read_json, remove_results, w
 from transformers import TrainerCallback, TrainingArguments
 
 from hf_rdrop import measure_consistency
+from hf_rdrop.cards.card import check_evidence
 from hf_rdrop.checkpoints import CheckpointError, how_to_go_on, why_not_written
-from hf_rdrop.checks import check_training_setup
 from hf_rdrop.consistency import check_measurable
-from hf_rdrop.model_card import check_evidence
 from hf_rdrop.sigterm import STATUS, SaveOnSigterm
+from hf_rdrop.training.checks import check_training_setup
 
 try:
     import resource

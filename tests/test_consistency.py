@@ -19,8 +19,8 @@ from transformers import BertForMaskedLM, GPT2Config, GPT2LMHeadModel, set_seed
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_rdrop import measure_consistency
-from hf_rdrop.heads import Head
-from hf_rdrop.pass_sums import PassSums
+from hf_rdrop.consistency.pass_sums import PassSums
+from hf_rdrop.objective.heads import Head
 
 
 def load(head, model, rows=13, batch_size=5):

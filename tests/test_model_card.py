@@ -31,12 +31,12 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from hf_rdrop import Consistency, RDropSeq2SeqTrainer, RDropTrainer
-from hf_rdrop.card_evidence import read_comparison, read_consistency
-from hf_rdrop.card_facts import describe_head, dropout_rates
-from hf_rdrop.card_logs import MAX_ROWS, curves_part, last_evaluation
-from hf_rdrop.card_text import inline, is_hub_id, number, public, table
+from hf_rdrop.cards.card import PLOT
+from hf_rdrop.cards.evidence import read_comparison, read_consistency
+from hf_rdrop.cards.facts import describe_head, dropout_rates
+from hf_rdrop.cards.history import MAX_ROWS, curves_part, last_evaluation
+from hf_rdrop.cards.markdown import inline, is_hub_id, number, public, table
 from hf_rdrop.consistency import Score
-from hf_rdrop.model_card import PLOT
 
 SHORT = ROOT / "model_cards" / "reference" / "short"
 MORE = ("question", "choice", "image", "audio")  # heads of head_models.py
@@ -47,7 +47,7 @@ DATA = {"dataset_tags": "glue", "dataset": "GLUE MRPC", "dataset_args": "mrpc", 
 def no_pictures(request, monkeypatch):
     """They take most of the time: only for the tests that ask for the fixture `pictures`."""
     if "pictures" not in request.fixturenames:
-        monkeypatch.setattr("hf_rdrop.model_card.plot_curves", lambda *_: False)
+        monkeypatch.setattr("hf_rdrop.cards.card.plot_curves", lambda *_: False)
 
 
 @pytest.fixture
@@ -451,20 +451,12 @@ VARIANTS = {
         ["linearly over the first 3 steps"],
     ),
     "sources": (
-        {"rdrop_layer_drop": 0.1, "rdrop_embedding_noise": 1e-5, "rdrop_second_dropout": 0},
-        ["each row skipped each hidden layer with probability 0.1", "deviation 1e-05", "dropout had the rate 0;"],
-    ),
-    "weights": (
-        {"rdrop_drop_connect": 0.3},
-        ["linear maps with probability 0.3", "(CE_1 + CE_2) / 2 + 1 * sKL"],
+        {"rdrop_layer_drop": 0.1},
+        ["each row skipped each hidden layer with probability 0.1", "(CE_1 + CE_2) / 2 + 1 * sKL"],
     ),
     "inserted": (
         {"head": "causal", "rdrop_insert_dropout": 0.2},
         ["dropout of rate 0.2 was put on the outputs of the attention and feed-forward blocks (the saved model has"],
-    ),
-    "target": (
-        {"rdrop_deterministic_target": True},
-        ["one pass with dropout (P_1) beside one without (P_0)", "CE_1 + 1 * sKL(P_0, P_1)", "a fixed target"],
     ),
     "unlabeled": (
         {"rdrop_unlabeled": True},
@@ -482,18 +474,18 @@ def test_variants_are_told(variant, tmp_path):
         assert words in part
     assert ("sKL" in part) == ("A =" not in part)
     assert ("rose to" in part) == ("rdrop_alpha_schedule" in args)
-    assert ("Sources of sub-models" in part) == (variant in ("sources", "weights", "inserted"))
-    assert ("fixed target" in part) == (variant == "target") and ("labelled" in part) == (variant == "unlabeled")
+    assert ("Sources of sub-models" in part) == (variant in ("sources", "inserted"))
+    assert ("labelled" in part) == (variant == "unlabeled")
     column = "disagreement" if "A =" in part else "KL"
     assert f"| CE | {column} | alpha/2 x {column} over CE |" in text
     opening = text.partition("## ")[0]
-    assert ("dropout masks" in opening) == (variant not in ("sources", "weights", "inserted", "target"))
-    assert ("2 passes" in opening) == (variant != "target")
+    assert ("dropout masks" in opening) == (variant not in ("sources", "inserted"))
+    assert "2 passes" in opening
 
 
 def test_the_default_is_told_without_variants(trained):
     part = section(card(trained), "R-Drop")
-    variants = ("A =", "rose to", "Sources", "fixed target", "labelled", "in the end", "logits_for_agreement")
+    variants = ("A =", "rose to", "Sources", "labelled", "in the end", "logits_for_agreement")
     for words in (*variants, "no gradient"):
         assert words not in part
 

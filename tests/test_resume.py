@@ -27,7 +27,7 @@ from support.training import make_model, make_rows, train
 
 from hf_rdrop import RDropTrainer
 from hf_rdrop.checkpoints import CheckpointError, check_checkpoint, find_damage, last_finished, saving
-from hf_rdrop.hub import CleanPushMixin, _remove_stale
+from hf_rdrop.hub.push import CleanPushMixin, _remove_stale
 
 SCHEDULE = {
     **{"max_steps": -1, "num_train_epochs": 3, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},

@@ -6,7 +6,7 @@ from typing import Any
 
 from comparison.rows import AVERAGE, CONTROLS, Report, Row, direction
 from comparison.statistics import BASELINE, SIGNIFICANT, Difference
-from hf_rdrop.card_text import NOTHING, table
+from hf_rdrop.cards.markdown import NOTHING, table
 
 # ---- Cells ----
 

@@ -1,0 +1,172 @@
+"""Set-ups that cannot work are refused before the first step: what is wrong, why it matters, what to change."""
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+
+from ..dropout import describe_sources, inspect_dropout, is_stochastic
+from ..loss import check_alpha
+from ..objective.heads import ANSWER, SUPPORTED_HEADS
+from ..sub_models.places import embeds_with_noise
+from ..variant_args import REMOVED, check_removed
+
+if TYPE_CHECKING:
+    from ..trainer import RDropMixin
+
+#: Keys that collators of packed (padding-free) or sharded sequences add: their rows are not examples.
+PACKED_INPUTS = frozenset(
+    {"cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx", "packed_seq_lens", "shift_labels"}
+)
+
+
+def check_bases(cls: type, mixin: type) -> None:
+    """Check that a class derived from the mixin changes a `Trainer`, and comes before it.
+
+    Raises:
+        TypeError: when it does not.
+    """
+    order = cls.__mro__
+    if Trainer not in order and any("train" in vars(base) for base in order if base not in mixin.__mro__):
+        raise TypeError(
+            f"{cls.__name__} is no transformers.Trainer: R-Drop changes the compute_loss of one. (setfit's Trainer "
+            "holds one that trains embeddings on a contrastive loss, which has no logits to compare.)"
+        )
+    if Trainer in order and order.index(Trainer) < order.index(mixin):
+        raise TypeError(
+            f"{cls.__name__} names {mixin.__name__} after its Trainer, whose methods would hide those of R-Drop: "
+            f"training would be plain. Write class {cls.__name__}({mixin.__name__}, ...), the mixin first."
+        )
+
+
+def check_training_setup(trainer: "RDropMixin") -> None:
+    """Check model, arguments and parallelism when training begins.
+
+    Raises:
+        ValueError: when training with R-Drop would fail, be wrong or do nothing.
+    """
+    alpha = trainer.rdrop_argument("alpha")
+    check_alpha(alpha)  # once more: a hyper-parameter search sets it on the arguments
+    check_removed(name for name in REMOVED if getattr(trainer.args, name, None))  # arguments that were unpickled
+    check_processes(trainer.args)
+    if trainer.args.n_gpu > 1:
+        raise ValueError(
+            f"{trainer.args.n_gpu} GPUs in one process (torch.nn.DataParallel) would divide a repeated batch across "
+            "devices and average losses without their item counts. Start one process per GPU with `accelerate "
+            "launch` or `torchrun`, or show one GPU with CUDA_VISIBLE_DEVICES=0."
+        )
+    with trainer.sub_models() as sources:  # whether the model has a place for them
+        differs = sources is not None and sources.differs
+    if alpha == 0:
+        return
+    asked = trainer.args.label_names is not None  # then the first batch will show whether they are class labels
+    names = {"labels", "label", *ANSWER}
+    known = not trainer.label_names or not names.isdisjoint(trainer.label_names)
+    if not known and not asked and hasattr(trainer.base_model, "config") and trainer.logits_for_agreement is None:
+        raise ValueError(
+            f"R-Drop does not support the head of {type(trainer.base_model).__name__}: it is trained on "
+            f"{', '.join(trainer.label_names)}, not on `labels`. Supported heads: {SUPPORTED_HEADS}. "
+            "Use one of these, or set rdrop_alpha to 0."
+        )
+    parallelism = getattr(trainer.accelerator, "parallelism_config", None)
+    if any(getattr(parallelism, f"{kind}_enabled", False) for kind in ("cp", "sp")):
+        raise ValueError(
+            "R-Drop cannot be used with context or sequence parallelism: each rank holds a slice of every sequence, "
+            "so neither the passes nor the valid items can be told apart there. Use data parallelism (DDP, FSDP, "
+            "DeepSpeed ZeRO), or set rdrop_alpha to 0."
+        )
+    has_noise = trainer.args.neftune_noise_alpha and embeds_with_noise(trainer.base_model)
+    if not has_noise and not differs:  # that noise differs between the passes too
+        check_stochastic(trainer.base_model)
+
+
+def check_processes(args: TrainingArguments) -> None:
+    """Check that several processes were started if several were asked for, and know of each other.
+
+    Raises:
+        ValueError: when each would train alone, or one does in place of all.
+    """
+    if args.world_size > 1:
+        return
+    started = os.environ.get("WORLD_SIZE", "")
+    if started.isdigit() and int(started) > 1:
+        raise ValueError(
+            f"{started} processes were started, but each would train a model of its own, with the same output folder: "
+            "on a machine without a GPU they only join with use_cpu=True (--use_cpu on a command line). Set it."
+        )
+    # What `accelerate launch` leaves for the single process it starts for several on a CPU.
+    if not started and "MASTER_PORT" in os.environ and os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
+        raise ValueError(
+            "`accelerate launch` was asked for several processes on the CPU, but has started one, which would train "
+            "alone: it needs an mpirun for more (distributed_type: MULTI_CPU, --cpu). Use `torchrun --nproc_per_node "
+            "2 ... --use_cpu`, or a configuration of distributed_type MULTI_GPU with use_cpu: true and --use_cpu "
+            "(scripts/accelerate/cpu.yaml); for one process unset MASTER_PORT."
+        )
+
+
+def check_stochastic(model: nn.Module) -> None:
+    """Check that something random in the model differs between the passes.
+
+    Raises:
+        ValueError: when nothing does.
+    """
+    sources = inspect_dropout(model)
+    if not is_stochastic(sources):
+        raise ValueError(
+            "Nothing in this model is stochastic in a way that differs between the passes, so they would be "
+            f"identical, the KL term always 0, and the second pass wasted. Found: {describe_sources(sources)}. "
+            "Set a dropout rate with rdrop_dropout=0.1 (--rdrop_dropout 0.1 on a command line, or "
+            "hf_rdrop.set_dropout(model, 0.1)), or set rdrop_alpha to 0 (--rdrop_alpha 0)."
+        )
+
+
+def check_batch(trainer: "RDropMixin", inputs: Mapping[str, Any]) -> Tensor | None:
+    """Check that a training batch can be repeated and compared; returns its labels. Looks at shapes only.
+
+    (Without labels only where `logits_for_agreement` says what counts.)
+
+    Raises:
+        ValueError: when it cannot.
+    """
+    labels = trainer.find_labels(inputs)
+    if labels is None and trainer.logits_for_agreement is None:
+        raise ValueError(
+            f"R-Drop needs `labels` in the batch to know which items count; it has: {', '.join(inputs)}. Check the "
+            "data set's columns and `label_names`, or set rdrop_alpha to 0."
+        )
+    packed = PACKED_INPUTS.intersection(inputs)
+    if packed or (trainer._batch_size(inputs) == 1 and "position_ids" in inputs and "attention_mask" not in inputs):
+        raise ValueError(
+            "R-Drop cannot repeat packed (padding-free) batches: their single row holds many examples "
+            f"({', '.join(sorted(packed)) or 'position_ids without attention_mask'}). Use a padding collator such as "
+            "DataCollatorWithPadding, or set rdrop_alpha to 0."
+        )
+    if trainer.label_smoother is not None:
+        if labels is not None and labels.is_floating_point():
+            raise ValueError(
+                "label_smoothing_factor needs class indices, but the labels are real numbers (regression or "
+                "multi-label). Set label_smoothing_factor to 0."
+            )
+        config = getattr(trainer.base_model, "config", None)
+        if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" not in inputs:
+            raise ValueError(
+                "With label smoothing the labels are withheld from the model, which then cannot make its decoder "
+                "inputs from them. Use DataCollatorForSeq2Seq(tokenizer, model=model), which adds decoder_input_ids, "
+                "or set label_smoothing_factor to 0."
+            )
+    return labels
+
+
+def check_own_loss(trainer: "RDropMixin") -> None:
+    """Check that nobody else computes the loss where `rdrop_unlabeled` leaves rows out of a loss of real numbers.
+
+    Raises:
+        ValueError: when somebody does.
+    """
+    if (user := trainer.user_of_outputs) is not None:
+        raise ValueError(
+            "rdrop_unlabeled with real-valued labels (regression or multi-label) computes the loss of the labelled "
+            f"rows itself, but {user}. Use the model's own loss, or leave rdrop_unlabeled out."
+        )
