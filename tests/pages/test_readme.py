@@ -9,6 +9,7 @@ import sys
 import init_model
 import pytest
 from huggingface_hub import HfApi
+from support import ROOT
 from support.hub_server import Hub, run_program, use_hub
 from support.pages import README, benchmark, blocks, comparison, prose, row
 
@@ -24,6 +25,30 @@ def test_the_gate_finds_one_test_command():
     """`.ci/run` reads it from here."""
     found = [line for line in TEXT.splitlines() if line.startswith("pip install ") and " pytest" in line]
     assert found == ['pip install -c constraints.txt -e ".[test]" && python -m pytest -m "not slow"']
+
+
+PACKAGES = ("transformers", "torch", "accelerate")
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_versions(package):
+    """What `constraints.txt` and `.ci/oldest.txt` pin, and what pyproject.toml allows."""
+    pins = [(ROOT / file).read_text().splitlines() for file in ("constraints.txt", ".ci/oldest.txt")]
+    newest, oldest = (
+        next(line for line in lines if line.startswith(f"{package}=="))[len(package) + 2 :] for lines in pins
+    )
+    (line,) = (line for line in TEXT.splitlines() if line.startswith(f"| {package} |"))
+    assert line.endswith(f"| {newest} | {oldest} |")
+    lowest = line.split("|")[2].split()[0]
+    assert f'"{package}>={lowest}' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_sentences_have_at_most_two_numbers():
+    lines = [line for line in prose(README).splitlines() if not line.startswith(("|", "#", "!"))]
+    paragraphs = re.split(r"\n\s*\n|\n(?=- )", "\n".join(lines))
+    sentences = [s for part in paragraphs for s in re.split(r"(?<=[.!?:])\s+", " ".join(part.split()))]
+    assert not [s for s in sentences if len(re.findall(r"(?<![\w-])\d[\d.,]*", s)) > 2]
+    assert not [s for s in sentences if len(s.split()) > 32]
 
 
 # ---- Examples ----
@@ -196,8 +221,8 @@ def test_statements(statement):
     assert statement in FLAT
 
 
-#: Decimal numbers that are no results of ours: alphas, dropout rates, sizes in millions, versions, the licence's too.
-OTHERS = {"0.1", "0.2", "0.5", "0.6", "0.7", "1.0", "1.2", "22.7", "3.10", "5.0", "5.5", "5.6", "2.7", "1.3", "2.0"}
+#: Decimal numbers that are no results of ours: alphas, dropout rates, sizes in millions, versions, the licence's.
+OTHERS = {"0.1", "0.2", "0.5", "0.6", "0.7", "1.0", "1.2", "22.7", "3.10", "3.11", "5.6", "2.7", "1.3", "2.0"}
 
 
 def test_every_other_figure_is_a_setting_or_a_version():
@@ -207,5 +232,5 @@ def test_every_other_figure_is_a_setting_or_a_version():
 
 
 def _is_checked_row(line):
-    starts = (*RESULTS, *(f"The paper: {start}" for start in PAPER), *HEADS)
+    starts = (*RESULTS, *(f"The paper: {start}" for start in PAPER), *HEADS, *PACKAGES)
     return line.startswith(tuple(f"| {start}" for start in starts))
