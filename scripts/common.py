@@ -19,7 +19,7 @@ from transformers import HfArgumentParser, TrainingArguments, set_seed
 from hf_rdrop.checkpoints import check_checkpoint, last_finished
 from hf_rdrop.files import write_atomically as write_file
 from hf_rdrop.sigterm import STATUS
-from hf_rdrop.variant_args import check_removed
+from hf_rdrop.training_args import check_removed
 
 LOWER_IS_BETTER = re.compile(r"(loss|nll|ece|brier|mse|perplexity)$")  # by the end of a metric's name
 LAST_RESULT_FILE = "all_results.json"  # written after everything else: only a finished run has it

@@ -17,7 +17,6 @@ from hf_rdrop.dropout import describe_sources, inspect_dropout, is_stochastic
 from hf_rdrop.hub import CleanPushMixin
 from hf_rdrop.sub_models.places import embeds_with_noise
 from hf_rdrop.training.checks import check_processes
-from hf_rdrop.training.loss_log import LossLog
 
 HEAD = "contrastive_head"  # the attribute of the model that holds SimCSE's MLP while it is trained
 
@@ -99,7 +98,6 @@ class ContrastiveTrainer(ScriptMixin, CleanPushMixin, ResumeMixin, Trainer):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.before: dict[str, float] = {}
-        self._log = LossLog()  # of `ResumeMixin`
         self.add_callback(_ContrastiveCallback(self))
 
     def check_setup(self) -> None:
@@ -198,7 +196,7 @@ class _ContrastiveCallback(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.trainer._log = self.trainer._restore_log()
+        self.trainer.restore_sums()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         set_epoch(kwargs["train_dataloader"], int(state.epoch or 0))

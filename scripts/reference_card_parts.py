@@ -5,6 +5,7 @@ import shlex
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from common import option_name
@@ -35,7 +36,8 @@ from hf_rdrop.cards.markdown import code, inline, link, public
 from hf_rdrop.cards.metadata import HUB_METRICS, TAG
 from hf_rdrop.cards.objective import objective_facts
 from hf_rdrop.training.loss_log import INERT_SHARE
-from hf_rdrop.variant_args import REMOVED
+from hf_rdrop.training.settings import Settings
+from hf_rdrop.training_args import REMOVED
 
 KINDS = {
     "run_clm.py": "causal",
@@ -234,18 +236,12 @@ def _limitations(task: Task) -> list[str]:
 def _rdrop_part(task: Task, history: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     if task.rdrop is None or REMOVED.keys() & task.options.keys():  # no longer an objective of this library
         return None
-    options, alpha, head = task.options, float(task.options.get("rdrop_alpha", 1)), task.head
-
-    def argument(name: str) -> Any:
-        default, text = getattr(RDropArguments, f"rdrop_{name}"), options.get(f"rdrop_{name}")
-        if text is None or isinstance(default, str):
-            return default if text is None else text
-        return text.lower() not in ("false", "0", "no") if isinstance(default, bool) else float(text)
-
+    options, head = task.options, task.head
+    alpha, settings = float(options.get("rdrop_alpha", 1)), _settings_of(options)
     last = history[-1] if history else {}
     dropout, shared = options.get("rdrop_dropout"), float(options.get("rdrop_shared_layers", 0))
     return {
-        **objective_facts(argument, head.problem == "regression"),
+        **objective_facts(settings, head.problem == "regression"),
         "alpha": f"{alpha:g}",
         "half": f"{alpha / 2:g}",
         "passes": int(options.get("rdrop_passes", 2)),
@@ -260,6 +256,18 @@ def _rdrop_part(task: Task, history: Sequence[Mapping[str, Any]]) -> dict[str, A
         "inert_share": INERT_SHARE,
         "share_step": last.get("step"),
     }
+
+
+def _settings_of(options: Mapping[str, str]) -> Settings:
+    """Read R-Drop's settings off the arguments of a run, which are text."""
+    given = SimpleNamespace()
+    for name, text in options.items():
+        default = getattr(RDropArguments, name, None) if name.startswith("rdrop_") else None
+        if isinstance(default, bool):
+            setattr(given, name, text.lower() not in ("false", "0", "no"))
+        elif name.startswith("rdrop_"):
+            setattr(given, name, text if isinstance(default, str) else float(text))
+    return Settings.of(given)
 
 
 def _mean_history(task: Task) -> list[dict[str, Any]]:

@@ -14,7 +14,6 @@ from hf_rdrop.cards.card import check_evidence
 from hf_rdrop.checkpoints import CheckpointError, how_to_go_on, why_not_written
 from hf_rdrop.consistency import check_measurable
 from hf_rdrop.sigterm import STATUS, SaveOnSigterm
-from hf_rdrop.training.checks import check_training_setup
 
 try:
     import resource
@@ -55,10 +54,6 @@ class ScriptMixin:
         except Exception:
             self._leave_nothing_behind(args)
             raise
-
-    def check_setup(self) -> None:
-        """Refuse a training that cannot work."""
-        check_training_setup(self)
 
     def _check_consistency(self) -> None:
         if not self.args.do_eval:

@@ -200,7 +200,7 @@ def test_the_fused_head_of_a_masked_language_model(tmp_path):
         fit(build("masked"), tmp_path, rows_of("masked", 32), rdrop_alpha=3.0, rdrop_fused_head=fused)
         for fused in ("on", "off")
     ]
-    assert runs[0]._economies.fused_head is not None and runs[1]._economies.fused_head is None
+    assert runs[0].rdrop_run.fused_head is not None and runs[1].rdrop_run.fused_head is None
     assert figures(runs[0]) == pytest.approx(figures(runs[1]), rel=1e-4)
 
 

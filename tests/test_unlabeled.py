@@ -135,7 +135,7 @@ def test_loss_and_gradients_are_the_formulas_on_the_models_own_logits(head, smoo
     torch.manual_seed(1)
     trainer.compute_loss(model, batch).backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
-    (logged,) = [trainer._log.take(1, lambda x: x)]
+    (logged,) = [trainer._log.means(1, lambda x: x)]
     model.zero_grad()
 
     torch.manual_seed(1)  # the same dropout masks
@@ -326,7 +326,7 @@ def test_multi_label_rows_may_have_some_of_their_labels(tmp_path):
     batch["labels"][2] = -100
     torch.manual_seed(1)
     trainer.compute_loss(trainer.model.train(), batch)
-    _, ce, kl = trainer._log.take(1, lambda x: x)
+    _, ce, kl = trainer._log.means(1, lambda x: x)
     torch.manual_seed(1)
     with torch.no_grad():
         logits = trainer.model(batch["input_ids"].repeat(2, 1), batch["attention_mask"].repeat(2, 1)).logits

@@ -11,7 +11,10 @@ from common import parse_arguments
 from transformers import HfArgumentParser
 
 from hf_rdrop import RDropArguments, RDropSeq2SeqTrainingArguments, RDropTrainingArguments
-from hf_rdrop.variant_args import REMOVED, SOURCES, alpha_at
+from hf_rdrop.training.settings import Settings
+from hf_rdrop.training_args import REMOVED
+
+SOURCES = ("layer_drop", "insert_dropout")
 
 
 @pytest.mark.parametrize(
@@ -59,9 +62,9 @@ def test_command_line(tmp_path):
     ],
 )
 def test_schedules_of_alpha(schedule, warmup, expected):
-    args = RDropArguments(rdrop_alpha_schedule=schedule, rdrop_alpha_warmup=warmup)
-    assert [alpha_at(args, 4.0, step, 10) for step in (0, 1, 5, 9)] == pytest.approx(expected)
-    assert alpha_at(args, 4.0, 0, 0) == 4.0 and alpha_at(object(), 4.0, 0, 10) == 4.0
+    settings = Settings.of(RDropArguments(rdrop_alpha=4.0, rdrop_alpha_schedule=schedule, rdrop_alpha_warmup=warmup))
+    assert [settings.plan(step, 10).alpha for step in (0, 1, 5, 9)] == pytest.approx(expected)
+    assert settings.plan(0, 0).alpha == 4.0 and Settings.of(object()).plan(0, 10).alpha == 1.0
 
 
 GIVEN = {

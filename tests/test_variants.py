@@ -49,7 +49,7 @@ def test_the_loss_is_ce_and_alpha_half_of_what_was_asked_for(head, agreement, tm
     torch.manual_seed(1)
     loss = trainer.compute_loss(model, inputs)
     torch.manual_seed(1)
-    repeated = trainer.repeat(inputs, 2)
+    repeated = trainer.rdrop_run.layout.repeat(inputs, 2)
     outputs = model(**repeated, output_hidden_states=True)
     logits = find_logits(outputs, 12)
     resolved = resolve_head(model.config, logits, inputs["labels"], 2)

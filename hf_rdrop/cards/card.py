@@ -5,33 +5,32 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
-from transformers import FeatureExtractionMixin, PreTrainedTokenizerBase, TrainingArguments
+from transformers import FeatureExtractionMixin, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.modelcard import TrainingSummary
 
 from ..files import write_atomically
+from ..training.run import RunFacts
 from ..version import __version__
 from .evidence import read_comparison, read_consistency
-from .facts import CLASSIFIERS, describe_head, hyperparameters, rdrop_part, trained_head, versions
+from .facts import CLASSIFIERS, HeadFacts, hyperparameters, rdrop_part, trained_head, versions
 from .history import curves_part, last_evaluation, plot_curves
 from .markdown import inline, is_hub_id, last_part, link, number, public, render, table
 from .metadata import FILES, as_list, fill_in, find_title
-
-if TYPE_CHECKING:
-    from ..trainer import RDropMixin
 
 PLOT = "rdrop_curves.png"
 
 
 def write_card(
-    trainer: "RDropMixin",
+    trainer: Trainer,
     base_card: Callable[..., None],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
+    facts: RunFacts,
     *,
     comparison: Any = None,
     consistency: Any = None,
@@ -47,6 +46,7 @@ def write_card(
         trainer: on the process that writes.
         base_card: the base class's `create_model_card`, bound to the trainer.
         args, kwargs: its arguments, which are not changed.
+        facts: what was in force in the training run.
         comparison: a comparison.json of compare.py (path or content), shown for the task that is named as the data
             set or the model is, or the only one; or a pair of it and the name of the task.
         consistency: a `Consistency`, its dict, or a consistency.json (path or content).
@@ -75,25 +75,32 @@ def write_card(
     summary = TrainingSummary.from_trainer(
         trainer, **{key: value for key, value in given.items() if key in known and key != "tags"} | {"license": "-"}
     )
-    evaluation = last_evaluation(trainer)
-    base_name = str(given.get("finetuned_from") or getattr(trainer.base_model.config, "_name_or_path", "") or "")
-    title = find_title(trainer, summary, base_name)
-    fill_in(data, trainer, summary, evaluation, title, base_name, [*earlier_tags, *as_list(given.get("tags"))])
-
-    history, alpha = trainer.state.log_history, trainer.rdrop_argument("alpha")
-    head = trained_head(trainer)
-    curves = curves_part(history, head, alpha, trainer.rdrop_argument("interval"))
-    if curves and alpha and plot_curves(history, head, readme.with_name(PLOT)):
+    evaluation, head, state = last_evaluation(trainer.state, trainer.args), trained_head(facts), trainer.state
+    base_name = str(given.get("finetuned_from") or getattr(facts.model.config, "_name_or_path", "") or "")
+    title = find_title(trainer.args, summary, base_name)
+    fill_in(
+        data,
+        summary,
+        evaluation,
+        title=title,
+        base_name=base_name,
+        task=head.task,
+        more_tags=[*earlier_tags, *as_list(given.get("tags"))],
+        with_rdrop=bool(facts.settings.alpha),
+    )
+    curves = curves_part(state.log_history, head, facts.settings.alpha, facts.settings.interval)
+    if curves and facts.settings.alpha and plot_curves(state.log_history, head, readme.with_name(PLOT)):
         curves["plot"] = PLOT
+    trained, smoothing = state.global_step > 0, trainer.args.label_smoothing_factor
     card = render(
         data,
         title=title,
-        about=_about(trainer, summary, data, base_name),
-        evaluation=_evaluation_part(trainer, evaluation),
-        usage=_usage(trainer, title, base_name, with_peft),
-        rdrop=rdrop_part(trainer),
+        about=_about(facts.model, head, summary, data, base_name),
+        evaluation=_evaluation_part(evaluation, state.global_step),
+        usage=_usage(trainer, facts.model, head, title, base_name, with_peft),
+        rdrop=rdrop_part(facts, head, state.log_history, trained=trained, label_smoothing=smoothing),
         curves=curves,
-        hyperparameters=hyperparameters(trainer) if trainer.state.global_step else None,
+        hyperparameters=hyperparameters(trainer) if trained else None,
         versions=versions(with_peft),
         limitations={"seed": trainer.args.seed, "license": data.license},
         library=__version__,
@@ -132,7 +139,7 @@ def _by_name(function: Callable[..., None], args: Sequence[Any], kwargs: Mapping
 
 
 @contextmanager
-def _output_elsewhere(trainer: "RDropMixin") -> Iterator[Path]:
+def _output_elsewhere(trainer: Trainer) -> Iterator[Path]:
     """Another folder as `output_dir` for a moment.
 
     The base class's card names local folders, and an upload may be reading `output_dir` in the background.
@@ -173,15 +180,16 @@ def _read(readme: Path) -> ModelCardData:
 # ---- Parts of the body ----
 
 
-def _about(trainer: "RDropMixin", summary: TrainingSummary, data: ModelCardData, base_name: str) -> dict[str, Any]:
-    head = describe_head(trainer.base_model)
+def _about(
+    model: Any, head: HeadFacts, summary: TrainingSummary, data: ModelCardData, base_name: str
+) -> dict[str, Any]:
     task = next(iter(as_list(summary.tasks)), head.task)
     tags, names = as_list(data.datasets), [name for name in as_list(summary.dataset) if name not in FILES]
     shown = [inline(public(name)) for name in names]
     if len(tags) == len(names):
         shown = [f"[{name}](https://huggingface.co/datasets/{tag})" for name, tag in zip(shown, tags, strict=True)]
     return {
-        "class": type(trainer.base_model).__name__,
+        "class": type(model).__name__,
         "base": link(base_name) if is_hub_id(base_name) else None,
         "local_base": None if is_hub_id(base_name) else last_part(base_name),
         "task": task.replace("-", " ") if task else None,
@@ -189,16 +197,17 @@ def _about(trainer: "RDropMixin", summary: TrainingSummary, data: ModelCardData,
     }
 
 
-def _evaluation_part(trainer: "RDropMixin", evaluation: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def _evaluation_part(evaluation: Mapping[str, Any] | None, steps: int) -> dict[str, Any] | None:
     if evaluation is None:
         return None
     rows = [[inline(name.replace("_", " ")), number(value)] for name, value in evaluation["metrics"].items()]
-    about = {"step": evaluation["step"], "steps": trainer.state.global_step, "best": evaluation["best"]}
+    about = {"step": evaluation["step"], "steps": steps, "best": evaluation["best"]}
     return {"table": table(["metric", "value"], rows), **about}
 
 
-def _usage(trainer: "RDropMixin", title: str, base_name: str, with_peft: bool) -> dict[str, Any] | None:
-    head = describe_head(trainer.base_model)
+def _usage(
+    trainer: Trainer, model: Any, head: HeadFacts, title: str, base_name: str, with_peft: bool
+) -> dict[str, Any] | None:
     if head.kind is None:
         return None
     hub_id = getattr(trainer, "hub_model_id", None) or trainer.args.hub_model_id
@@ -209,8 +218,8 @@ def _usage(trainer: "RDropMixin", title: str, base_name: str, with_peft: bool) -
         "name": hub_id or title,
         "on_hub": bool(hub_id),
         "processor": _auto_processor(trainer.processing_class),
-        "mode": {1: "L", 4: "RGBA"}.get(getattr(trainer.base_model.config, "num_channels", 3), "RGB"),  # Pillow's
-        "base": _base_for_adapter(trainer, head.kind, base_name) if with_peft else None,
+        "mode": {1: "L", 4: "RGBA"}.get(getattr(model.config, "num_channels", 3), "RGB"),  # Pillow's
+        "base": _base_for_adapter(model.config, head.kind, base_name) if with_peft else None,
     }
 
 
@@ -224,9 +233,8 @@ def _auto_processor(given: Any) -> str | None:
     return next((name for name, kind in kinds.items() if isinstance(given, kind)), None)
 
 
-def _base_for_adapter(trainer: "RDropMixin", kind: str, base_name: str) -> dict[str, Any]:
+def _base_for_adapter(config: Any, kind: str, base_name: str) -> dict[str, Any]:
     """What the base model must be loaded with, because an adapter does not hold the names of its classes."""
-    config: Any = trainer.base_model.config
     options = ""
     if kind in (*CLASSIFIERS, "token"):
         labels = config.id2label

@@ -1,4 +1,20 @@
-"""What was measured beside a training run: the comparison with the baseline, and consistency, for a model card."""
+"""What was measured beside a training run: the comparison with the baseline, and consistency, for a model card.
+
+The format of comparison.json, which scripts/compare.py writes, is owned here (`FORMAT`, `check_format`). An object of
+
+- `format`: its number; files from before it had one are format 1.
+- `about`: text and settings of the comparison; `tasks`, its commands by task; settings (`arms`) by name.
+- `rows`: a result for each task and arm, in the order of the report: `task`, `metric`, `lower_is_better` (if true),
+  `arm`, `scores` (points by seed), `mean`, `std` (n - 1), `best`, `worst`; `differences` by the arm compared with
+  (`against`, `seeds`, `values`, `mean`, `interval` of 95% or null, `p_value`, `probability`, `holm`), `best_control`,
+  `spread_ratio`, `spread_p`, `cost` (`time` and `memory` over the baseline's, `clock` "CPU" or "wall",
+  `examples_per_second`; null where not measured), `gain_per_cost`, `share_kept`, `secondary` (other metrics by seed).
+- `average`: such rows over the tasks in `averaged`; `not_averaged`, `without_score` and `failed` name the rest.
+- `choices`: `task`, `arm`, the chosen `settings` and the `trials` they were chosen from.
+- `runs`, `trials`: `task`, `arm`, `seed`, `arguments` of the script, final `metrics`, `history` as columns by log key.
+
+Numbers are floats in JSON, scores in points (times 100) unless the metric is a loss.
+"""
 
 import json
 import re
@@ -6,8 +22,11 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..consistency.measure import Consistency
+from ..consistency import Consistency
 from .markdown import NOTHING, inline, number, spread, table
+
+#: The format of comparison.json that is written, and the newest that is read.
+FORMAT = 1
 
 # What a broken file raises where its figures are read.
 _BROKEN = (KeyError, TypeError, AttributeError, IndexError, ValueError)
@@ -44,11 +63,30 @@ def _checked(read: Callable[[], dict[str, Any]], what: str, advice: str) -> dict
 
 # ---- The comparison with the baseline ----
 
+
+def check_format(found: Mapping[str, Any], what: str = "the comparison") -> None:
+    """Check that a comparison.json is of a format that is known here.
+
+    Args:
+        found: its content.
+        what: how to name it.
+
+    Raises:
+        ValueError: it is of a newer one.
+    """
+    number = found.get("format", 1)
+    if not isinstance(number, int) or number > FORMAT:
+        raise ValueError(
+            f"{what} is of format {number!r}, and this hf_rdrop reads formats up to {FORMAT}: its figures could be "
+            "taken for others. Update hf_rdrop."
+        )
+
+
 _COMPARISON = "the comparison.json that scripts/compare.py has written, or its content"
 
 
 def read_comparison(source: Any, names: Iterable[str] = ()) -> dict[str, Any] | None:
-    """The arms of a comparison on one task, for the card.
+    """Read the settings (arms) of a comparison on one task, for the card.
 
     Args:
         source: a comparison.json or its content, None for none; or a pair of that and the name of the task.
@@ -63,6 +101,7 @@ def read_comparison(source: Any, names: Iterable[str] = ()) -> dict[str, Any] | 
     if isinstance(source, (tuple, list)) and 1 <= len(source) <= 2:
         source, wanted = source[0], source[-1] if len(source) == 2 else None
     found = _load(source, "the comparison", _COMPARISON)
+    check_format(found)
     rows = found.get("rows")
     if not isinstance(rows, list) or not all(isinstance(row, Mapping) and "task" in row for row in rows):
         raise ValueError(f"the comparison has no rows with tasks: give {_COMPARISON}. The card is as it was.")
@@ -95,7 +134,7 @@ def _plain(name: str) -> str:
 
 
 def comparison_part(rows: list[Mapping[str, Any]]) -> dict[str, Any]:
-    """The arms of one task as a table.
+    """Put the arms of one task into a table.
 
     Args:
         rows: those of the task, as comparison.json has them: scores in points.
@@ -139,7 +178,7 @@ _CONSISTENCY = (
 
 
 def read_consistency(source: Any) -> dict[str, Any] | None:
-    """What `measure_consistency` found, for the card.
+    """Read what `measure_consistency` found, for the card.
 
     Args:
         source: a `Consistency`, its `to_dict()`, a consistency.json (of one model, by data set, or of several models),

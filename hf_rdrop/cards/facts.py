@@ -1,24 +1,23 @@
-"""What a trainer knows of how a model was trained: its head, objective, dropout rates, settings and versions."""
+"""How a model was trained: its head, objective, dropout rates, settings and versions."""
 
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
+from transformers import Trainer
 from transformers.modelcard import extract_hyperparameters_from_trainer
 from transformers.models.auto import modeling_auto
 
 from ..dropout import inspect_dropout
 from ..objective.heads import predicts_next_token
 from ..training.loss_log import INERT_SHARE
+from ..training.run import RunFacts
 from ..version import __version__
 from .markdown import inline, number, public
 from .objective import objective_facts
-
-if TYPE_CHECKING:
-    from ..trainer import RDropMixin
 
 _PLACES = {
     "dropout": "dropout modules",
@@ -55,7 +54,7 @@ class HeadFacts(NamedTuple):
         return {"regression": "MSE", "multi_label_classification": "BCE"}.get(self.problem, "CE")
 
     @property
-    def distance(self) -> str:
+    def divergence(self) -> str:
         """What `kl_loss` is, in short."""
         if self.agreement != "symmetric_kl":
             return "disagreement"
@@ -107,11 +106,10 @@ def describe_head(model: nn.Module) -> HeadFacts:
     return HeadFacts(None, None, None, getattr(config, "problem_type", None) or problem)
 
 
-def trained_head(trainer: "RDropMixin") -> HeadFacts:
-    """The head of a trainer's model, and what its passes are compared by."""
-    own = trainer.logits_for_agreement is not None
-    agreement = "logits_for_agreement" if own else trainer.rdrop_argument("agreement")
-    return describe_head(trainer.base_model)._replace(agreement=agreement)
+def trained_head(facts: RunFacts) -> HeadFacts:
+    """Describe the head of a trained model, and what its passes were compared by."""
+    agreement = "logits_for_agreement" if facts.own_logits else facts.settings.agreement
+    return describe_head(facts.model)._replace(agreement=agreement)
 
 
 # ---- How it was trained ----
@@ -122,26 +120,33 @@ def training_lines(history: Sequence[Mapping[str, Any]]) -> list[Mapping[str, An
     return [line for line in history if "ce_loss" in line and "epoch" in line]
 
 
-def rdrop_part(trainer: "RDropMixin") -> dict[str, Any]:
-    """The objective in force, its economies, the model's dropout and what the last log line says of the agreement."""
-    alpha, economies = trainer.rdrop_argument("alpha"), trainer._economies
-    trunk = economies.trunk if economies else None
-    logged = [line for line in training_lines(trainer.state.log_history) if "kl_share" in line]
-    share = logged[-1]["kl_share"] if logged and alpha else None
-    head = trained_head(trainer)
-    own = trainer.logits_for_agreement is not None
+def rdrop_part(
+    facts: RunFacts, head: HeadFacts, history: Sequence[Mapping[str, Any]], *, trained: bool, label_smoothing: float
+) -> dict[str, Any]:
+    """Tell the objective in force, its economies, the model's dropout and the last log line's share of the divergence.
+
+    Args:
+        facts: of the training run.
+        head: as `trained_head` describes it.
+        history: the log lines.
+        trained: whether a step was made.
+        label_smoothing: as Trainer's `label_smoothing_factor`.
+    """
+    settings = facts.settings
+    logged = [line for line in training_lines(history) if "kl_share" in line]
+    share = logged[-1]["kl_share"] if logged and settings.alpha else None
     return {
-        **objective_facts(trainer.rdrop_argument, head.problem == "regression", own),
-        "alpha": f"{alpha:g}",
-        "half": f"{alpha / 2:g}",
-        "passes": trainer.rdrop_argument("passes"),
-        "interval": trainer.rdrop_argument("interval"),
-        "trunk": {"shared": trunk.shared_layers, "layers": trunk.num_layers} if trunk else None,
-        "fused_head": bool(economies and economies.fused_head),
+        **objective_facts(settings, head.problem == "regression", facts.own_logits),
+        "alpha": f"{settings.alpha:g}",
+        "half": f"{settings.alpha / 2:g}",
+        "passes": settings.passes,
+        "interval": settings.interval,
+        "trunk": {"shared": facts.shared_layers, "layers": facts.num_layers} if facts.shared_layers else None,
+        "fused_head": facts.fused_head,
         "head": head,
-        "dropout": dropout_rates(trainer.base_model),
-        "smoothing": 0 if head.kind == "question" else trainer.args.label_smoothing_factor,  # that has no `labels`
-        "trained": trainer.state.global_step > 0,
+        "dropout": dropout_rates(facts.model),
+        "smoothing": 0 if head.kind == "question" else label_smoothing,  # that has no `labels`
+        "trained": trained,
         "share": share if share is not None and math.isfinite(share) else None,
         "inert_share": INERT_SHARE,
         "share_step": logged[-1].get("step") if logged else None,
@@ -157,7 +162,7 @@ def dropout_rates(model: nn.Module) -> str:
     return "; ".join(f"{rate:g} ({told[rate]})" for rate in sorted(told, reverse=True))
 
 
-def hyperparameters(trainer: "RDropMixin") -> list[tuple[str, str]]:
+def hyperparameters(trainer: Trainer) -> list[tuple[str, str]]:
     """Name and value, as the Trainer's own cards have them, and a few more."""
     args = trainer.args
     found = extract_hyperparameters_from_trainer(trainer)

@@ -5,30 +5,29 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import TrainerState, TrainingArguments
 
 from ..files import write_atomically
 from .facts import HeadFacts, training_lines
 from .markdown import NOTHING, inline, number, table
 
-if TYPE_CHECKING:
-    from ..trainer import RDropMixin
-
 MAX_ROWS = 20  # of the table by epoch; the plot has every log line
 _NOT_SCORES = re.compile(r"(runtime|per_second|_time|_mem_\w+)$")
 
 
-def last_evaluation(trainer: "RDropMixin") -> dict[str, Any] | None:
+def last_evaluation(state: TrainerState, args: TrainingArguments) -> dict[str, Any] | None:
     """The scores of the model as it is now: `metrics` by name without eval_, `step`, and whether it is the `best`.
 
     What was evaluated after training; otherwise the last evaluation within it, or that of the best checkpoint when it
     was loaded at the end.
     """
-    history, state = trainer.state.log_history, trainer.state
+    history = state.log_history
     ends = [place for place, line in enumerate(history) if "train_runtime" in line]
     lines = [line for line in history if _scores(line)]
     after = [line for line in history[ends[-1] :] if _scores(line)] if ends else []
-    best = bool(not after and trainer.args.load_best_model_at_end and state.best_global_step)
+    best = bool(not after and args.load_best_model_at_end and state.best_global_step)
     if best:
         lines = [line for line in lines if line.get("step") == state.best_global_step]
     lines = after or lines
@@ -80,7 +79,9 @@ def curves_part(
         rows.append([f"{last['epoch']:.4g}", str(last["step"]), *losses, *measured])
     if len(rows) > MAX_ROWS:
         rows = [rows[round(i * (len(rows) - 1) / (MAX_ROWS - 1))] for i in range(MAX_ROWS)]
-    columns = ["loss", head.loss, head.distance, f"alpha/2 x {head.distance} over {head.loss}"] if alpha else ["loss"]
+    columns = (
+        ["loss", head.loss, head.divergence, f"alpha/2 x {head.divergence} over {head.loss}"] if alpha else ["loss"]
+    )
     evaluated = [inline(f"evaluation {name.replace('_', ' ')}") for name in names]
     return {
         "table": table(["epoch", "step", *columns, *evaluated], rows),
@@ -119,7 +120,7 @@ def plot_curves(history: Sequence[Mapping[str, Any]], head: HeadFacts, path: Pat
         points = [line["epoch"] for line in evaluated], [line["eval_loss"] for line in evaluated]
         left.plot(*points, color="#555555", marker="o", markersize=3.5, linestyle="--", label="evaluation")
         left.legend(frameon=False, fontsize=8)
-    for axis, title in ((left, head.loss), (right, f"{head.distance} between the passes")):
+    for axis, title in ((left, head.loss), (right, f"{head.divergence} between the passes")):
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("epoch", fontsize=9)
         axis.tick_params(labelsize=8)

@@ -5,16 +5,13 @@ import re
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
+from transformers import TrainingArguments
 from transformers.modelcard import TrainingSummary
 
-from .facts import describe_head
 from .markdown import is_hub_id, last_part, public
-
-if TYPE_CHECKING:
-    from ..trainer import RDropMixin
 
 TAG = "r-drop"
 _SAME_NAMES = (
@@ -37,31 +34,44 @@ def as_list(value: Any) -> list[str]:
     return [value] if isinstance(value, str) else [item for item in value or () if item is not None]
 
 
-def find_title(trainer: "RDropMixin", summary: TrainingSummary, base_name: str) -> str:
+def find_title(args: TrainingArguments, summary: TrainingSummary, base_name: str) -> str:
     """The model's name: never more than the last component of a path."""
-    hub_id, folder = trainer.args.hub_model_id or "", str(trainer.args.output_dir)
+    hub_id, folder = args.hub_model_id or "", str(args.output_dir)
     candidates = (str(summary.model_name or ""), hub_id, folder, str(Path(folder).resolve()), base_name)
     return next(filter(None, map(last_part, candidates)), "model")
 
 
 def fill_in(
     data: ModelCardData,
-    trainer: "RDropMixin",
     summary: TrainingSummary,
     evaluation: Mapping[str, Any] | None,
+    *,
     title: str,
     base_name: str,
+    task: str | None,
     more_tags: Sequence[str],
+    with_rdrop: bool,
 ) -> None:
-    """Complete the base class's metadata, in place, and take out of them what is no name on the Hub."""
+    """Complete the base class's metadata, in place, and take out of them what is no name on the Hub.
+
+    Args:
+        data: the metadata.
+        summary: the base class's summary of the training.
+        evaluation: what `last_evaluation` found.
+        title: the model's name.
+        base_name: that of the model that training began with; "" for none.
+        task: the Hub's name of the task, where the summary has none.
+        more_tags: tags to add.
+        with_rdrop: whether the model was trained with R-Drop.
+    """
     tags = {tag for tag in (*as_list(data.tags), *more_tags) if _is_public(tag)} - {TAG}
-    data.tags = sorted(tags | {TAG} if trainer.rdrop_argument("alpha") else tags)
+    data.tags = sorted(tags | {TAG} if with_rdrop else tags)
     data.base_model = base_name if is_hub_id(base_name) else None
     data.datasets = [name for name in as_list(data.datasets) if is_hub_id(name) and name not in FILES] or None
     metrics = evaluation["metrics"] if evaluation else {}
     found = {name: float(value) for name, value in metrics.items() if name in HUB_METRICS and _is_finite(value)}
     data.metrics = list(dict.fromkeys(HUB_METRICS[name] for name in found)) or None
-    data.eval_results = _eval_results(data, trainer, summary, found) or None
+    data.eval_results = _eval_results(data, task, summary, found) or None
     data.model_name = title if data.eval_results else None
 
 
@@ -75,10 +85,10 @@ def _is_finite(value: Any) -> bool:
 
 
 def _eval_results(
-    data: ModelCardData, trainer: "RDropMixin", summary: TrainingSummary, metrics: Mapping[str, float]
+    data: ModelCardData, task: str | None, summary: TrainingSummary, metrics: Mapping[str, float]
 ) -> list[EvalResult]:
     """Results for a `model-index`; none unless it is known on which task and which one data set they were found."""
-    tasks = as_list(summary.tasks) or as_list(describe_head(trainer.base_model).task)
+    tasks = as_list(summary.tasks) or as_list(task)
     names = as_list(data.datasets)
     if not tasks or len(names) != 1:
         return []

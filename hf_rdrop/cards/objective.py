@@ -1,9 +1,9 @@
 """The objective on a model card where it is another than R-Drop's as published: its terms, and what else differs."""
 
-from collections.abc import Callable
 from typing import Any
 
 from ..agreements import OUTPUT_AGREEMENTS, Term, parse_agreement
+from ..training.settings import Settings
 
 _TERMS = {
     "symmetric_kl": "1/2 KL(P||Q) + 1/2 KL(Q||P)",
@@ -23,11 +23,11 @@ _SOURCES = {
 _RISES = {"linear": "linearly", "sigmoid": "as exp(-5 (1 - t)^2) for t from 0 to 1"}
 
 
-def objective_facts(argument: Callable[[str], Any], regression: bool, own_logits: bool = False) -> dict[str, Any]:
-    """What the template tells of the variants.
+def objective_facts(settings: Settings, regression: bool, own_logits: bool = False) -> dict[str, Any]:
+    """Put the settings into the words that the template tells them with.
 
     Args:
-        argument: gives R-Drop's arguments by their names without prefix.
+        settings: R-Drop's arguments.
         regression: whether predictions are numbers and not distributions.
         own_logits: whether `logits_for_agreement` was given.
 
@@ -36,15 +36,15 @@ def objective_facts(argument: Callable[[str], Any], regression: bool, own_logits
         `within`, whether terms look at hidden states;
         `sources` of sub-models beside dropout; `schedule` of alpha, "" when constant; `unlabeled`; `own_logits`.
     """
-    terms = parse_agreement(argument("agreement"))
+    terms = parse_agreement(settings.agreement)
     variant = own_logits or terms != (Term("symmetric_kl", 1.0),)
     return {
-        "agreement": argument("agreement") if variant else "",
+        "agreement": settings.agreement if variant else "",
         "terms": [(term.name, _definition(term.name, regression, own_logits)) for term in terms] if variant else [],
         "within": any(term.name not in OUTPUT_AGREEMENTS for term in terms),
-        "sources": [text.format(rate) for name, text in _SOURCES.items() if (rate := argument(name))],
-        "schedule": _schedule(argument),
-        "unlabeled": argument("unlabeled"),
+        "sources": [text.format(rate) for name, text in _SOURCES.items() if (rate := getattr(settings, name))],
+        "schedule": _schedule(settings),
+        "unlabeled": settings.unlabeled,
         "own_logits": own_logits,
     }
 
@@ -58,8 +58,8 @@ def _definition(name: str, regression: bool, own_logits: bool) -> str:
     return f"the squared difference of the predictions{fixed}"
 
 
-def _schedule(argument: Callable[[str], Any]) -> str:
-    schedule, length = argument("alpha_schedule"), argument("alpha_warmup")
+def _schedule(settings: Settings) -> str:
+    schedule, length = settings.alpha_schedule, settings.alpha_warmup
     if schedule == "constant":
         return ""
     part = f"first {length:.4g} steps" if length > 1 else f"first {100 * length:.4g}% of the optimizer steps"

@@ -1,23 +1,29 @@
 """A resumed run is the uninterrupted one: its data order, its logs, and checkpoints that are whole."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.utils.data import Sampler
 from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from ..training.loss_log import LossLog
-from .integrity import OPTION, check_checkpoint, last_finished, saving
+from .integrity import OPTION, checkpoint_to_resume, saving
 
 if TYPE_CHECKING:
     _AnyTrainer = Trainer
 else:
-    _AnyTrainer = object  # a mixin, like RDropMixin
+    _AnyTrainer = object  # a mixin, which derives from no Trainer
 
 SUMS = "RDropLossLog"  # where trainer_state.json keeps the sums since the last log line
+
+
+class KeptLog(Protocol):
+    """Sums since the last log line, which a checkpoint keeps."""
+
+    def state(self, gather: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, Any]:
+        """Give the sums, as means over all processes, in a form for JSON."""
 
 
 class EpochSeededSampler(Sampler):
@@ -50,15 +56,16 @@ class ResumeMixin(_AnyTrainer):
     """
 
     resume_option = OPTION  # how messages name a checkpoint to go on from
-    _log: LossLog
+    _kept: KeptLog | None = None
+
+    def keep(self, log: KeptLog) -> None:
+        """Save `log.state(...)` in every checkpoint from now on; `restore_sums` gives it back."""
+        self._kept = log
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As the base class's; `True` takes the newest checkpoint that was written to its end."""
-        if resume_from_checkpoint is True:
-            last = last_finished(Path(str(self.args.output_dir)))
-            resume_from_checkpoint = True if last is None else str(last)
-        if isinstance(resume_from_checkpoint, str):
-            check_checkpoint(Path(resume_from_checkpoint), self.resume_option)
+        folder = Path(str(self.args.output_dir))
+        resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, folder, self.resume_option)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
@@ -70,7 +77,8 @@ class ResumeMixin(_AnyTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any, *args: Any, **kwargs: Any) -> None:
         gather = self.accelerator.gather
-        sums = {**self._log.state(gather), "trainer_loss": gather(self._tr_loss[None]).mean().item()}
+        kept = {} if self._kept is None else self._kept.state(gather)
+        sums = {**kept, "trainer_loss": gather(self._tr_loss[None]).mean().item()}
         sums |= {"step": self.state.global_step, "logged": self._globalstep_last_logged}
         states: Any = self.state.stateful_callbacks
         states[SUMS] = sums
@@ -78,16 +86,20 @@ class ResumeMixin(_AnyTrainer):
         with saving(checkpoint, self.resume_option, writer=self.args.should_save):
             super()._save_checkpoint(model, trial, *args, **kwargs)
 
-    def _restore_log(self) -> LossLog:
-        """The sums since the last log line, where the run resumes from a checkpoint between two of them."""
+    def restore_sums(self) -> dict[str, Any] | None:
+        """Go on within a log interval: put the Trainer's sums of losses back; when training begins.
+
+        Returns:
+            What the log that was kept had saved; None unless the run resumes from a checkpoint between two log lines.
+        """
         states: Any = self.state.stateful_callbacks
         sums = states.get(SUMS)
         if not sums or sums["step"] != self.state.global_step:
-            return LossLog(self.state.global_step)
+            return None
         self._tr_loss += sums["trainer_loss"]
         self._total_loss_scalar -= sums["trainer_loss"]  # `train_loss` is of the steps of this call
         self._globalstep_last_logged = sums["logged"]
-        return LossLog(self.state.global_step, sums, self.args.device)
+        return sums
 
 
 def set_epoch(dataloader: Any, epoch: int) -> None:

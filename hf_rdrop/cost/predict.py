@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..functional import _BLOCK_ELEMENTS
+from ..functional import BLOCK_ELEMENTS
 from ..fused.blocks import BLOCK_ELEMENTS_PER_CORE
 from ..fused.linear import default_chunk_bytes
 from .model_shape import LayerStack, ModelShape
@@ -135,7 +135,7 @@ def peak_memory(shape: ModelShape, step: Step) -> float:
         elements = items * shape.width + weight + max(chunk + blocks, weight)
     else:
         # Log-probabilities, their gradient and the logits'; the agreement's, or the blocks in which it is computed.
-        agreement = max(logits, min(4 * logits, 5.5 * _BLOCK_ELEMENTS)) if step.passes > 1 else 0
+        agreement = max(logits, min(4 * logits, 5.5 * BLOCK_ELEMENTS)) if step.passes > 1 else 0
         elements = max(3 * logits + agreement, logits + weight)
     start = kept + 4 * elements  # in float32, whatever the precision of the model
     gradients = (shape.trainable + 2 * weight * shape.tied) * shape.gradient_itemsize / shape.shards

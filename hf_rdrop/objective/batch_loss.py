@@ -1,7 +1,7 @@
-"""The loss of one training batch: the parent's own, and how far its passes are from agreeing."""
+"""The loss of one training batch: the parent's own, and the divergence between its passes."""
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,22 +11,23 @@ from ..agreements import OUTPUT_AGREEMENTS, Term, hidden_state_agreement, parse_
 from ..batch import first_rows, stack_passes
 from ..contrastive import info_nce_agreement, pool
 from ..functional import AGREEMENTS, compute_dtype
-from ..training.checks import check_own_loss
-from .heads import Head, find_logits, items_to_compare, resolve_head
-from .parent_loss import check_comparison, check_gradient, outputs_behind, recorded_outputs
-
-if TYPE_CHECKING:
-    from ..trainer import RDropMixin
+from .batch_layout import BatchLayout
+from .heads import Head, find_logits, resolve_head
+from .parent_loss import ParentLoss, ParentOutput, check_comparison, check_gradient
 
 
 class BatchLoss(NamedTuple):
-    """Of one batch: CE and agreement, each a mean over its own items, and the outputs of its first pass.
+    """The terms of one batch's loss.
 
-    `fused` is the whole loss where the fused head has computed it: then only this one carries a graph.
+    Args:
+        ce: mean over the labelled items, averaged over the passes.
+        divergence: mean over the items that are compared, and over the pairs of passes; 0 in a plain step.
+        outputs: the model's outputs for the first pass.
+        fused: the whole loss where the fused head has computed it: then only this one carries a graph.
     """
 
     ce: Tensor
-    agreement: Tensor
+    divergence: Tensor
     outputs: Any = None
     fused: Tensor | None = None
 
@@ -40,90 +41,95 @@ class _Predictions(NamedTuple):
 
 
 class Objective:
-    """CE and agreement of the batches of one trainer, by its arguments.
+    """CE and divergence of the batches of one training run, on full logits.
 
     Args:
-        trainer: whose arguments say what is compared, and how.
-        parent_loss: the `compute_loss` under R-Drop's.
+        agreement: weighted sum of terms, as `rdrop_agreement`.
+        unlabeled: whether rows without labels are compared too.
+        layout: how batches are read.
+        parent_loss: the loss under R-Drop's.
+        logits_for_agreement: as for `RDropMixin`; None for the model's own logits.
     """
 
-    def __init__(self, trainer: "RDropMixin", parent_loss: Callable[..., Any]) -> None:
-        self.trainer, self.parent_loss = trainer, parent_loss
-        self.terms = parse_agreement(trainer.rdrop_argument("agreement"))
+    def __init__(
+        self,
+        agreement: str,
+        unlabeled: bool,
+        layout: BatchLayout,
+        parent_loss: ParentLoss,
+        logits_for_agreement: Callable[[Any, Mapping[str, Any]], Any] | None,
+    ) -> None:
+        self.terms = parse_agreement(agreement)
+        self.unlabeled, self.layout, self.parent_loss = unlabeled, layout, parent_loss
+        self.logits_for_agreement = logits_for_agreement
         self.with_hidden = any(term.name not in OUTPUT_AGREEMENTS for term in self.terms)
-        self.config = getattr(trainer.base_model, "config", None)
+        self._checked = False  # whether the loss of the first compared batch was looked at
 
     def plain(self, model: nn.Module, inputs: Mapping[str, Any], labels: Tensor | None) -> BatchLoss:
-        """One pass that is compared with nothing."""
-        ce, outputs, _ = self._ce(model, dict(inputs), labels, 1)
-        return BatchLoss(ce, torch.zeros_like(ce), outputs)
+        """Compute the loss of one pass, compared with nothing."""
+        found = self._ce(model, dict(inputs), labels, 1)
+        return BatchLoss(found.ce, torch.zeros_like(found.ce), found.outputs)
 
-    def compared(self, model: nn.Module, inputs: dict[str, Any], labels: Tensor | None, passes: int) -> BatchLoss:
-        """Run `passes` passes in one forward and compare them with each other.
+    def compared(self, model: nn.Module, inputs: Mapping[str, Any], labels: Tensor | None, passes: int) -> BatchLoss:
+        """Compute CE and divergence of `passes` passes, in one forward over the repeated batch.
 
         Raises:
             ValueError: when there is nothing to compare in what the model returns, or when the loss treats it in
                 another way.
         """
-        trainer, size = self.trainer, self.trainer._batch_size(inputs)
-        extra = {"output_hidden_states": True} if self.with_hidden else {}
-        repeated = {**trainer.repeat(inputs, passes), **extra}
-        ce, returned, recorded = self._ce(model, repeated, labels, passes)
-        name = trainer._parent_loss
-        found = self._predictions(outputs_behind(returned, recorded, name), inputs, labels, passes)
-        check_gradient(ce, found.logits, "logits_for_agreement" if trainer.logits_for_agreement is not None else name)
-        economies = trainer._economies
-        if economies is not None and not economies.compared:
-            economies.compared = True
-            if labels is not None and trainer.logits_for_agreement is None and not trainer.rdrop_argument("unlabeled"):
-                check_comparison(self.config, found.head, found.logits, labels, passes, ce)
-        values = [term.factor * self._distance(term, found, passes) for term in self.terms]
-        return BatchLoss(ce, torch.stack(values).sum(), first_rows(returned, passes * size, size))
+        repeated = self.layout.repeat(inputs, passes)
+        if self.with_hidden:
+            repeated["output_hidden_states"] = True
+        parent, size = self.parent_loss, self.layout.size(inputs)
+        own = self.logits_for_agreement is not None
+        ran = self._ce(model, repeated, labels, passes)
+        found = self._predictions(parent.outputs_behind(ran), inputs, labels, passes)
+        check_gradient(ran.ce, found.logits, "logits_for_agreement" if own else parent.name)
+        if not self._checked:
+            self._checked = True
+            if labels is not None and not own and not self.unlabeled:
+                check_comparison(self.layout.config, found.head, found.logits, labels, passes, ran.ce)
+        values = [term.factor * self._divergence(term, found, passes) for term in self.terms]
+        return BatchLoss(ran.ce, torch.stack(values).sum(), first_rows(ran.outputs, passes * size, size))
 
-    def _ce(
-        self, model: nn.Module, repeated: dict[str, Any], labels: Tensor | None, passes: int
-    ) -> tuple[Tensor, Any, list[Any]]:
-        """The parent's loss, its outputs, and those of every forward where the parent is not Trainer's own."""
-        if labels is not None and self.trainer.rdrop_argument("unlabeled") and labels.is_floating_point():
-            return (*self._ce_of_labelled_rows(model, repeated, labels, passes), [])
-        with recorded_outputs(model if self.trainer._parent_loss else None) as recorded:
-            ce, outputs = self.parent_loss(model, repeated, return_outputs=True, num_items_in_batch=None)
-        return ce, outputs, recorded
+    def _ce(self, model: nn.Module, repeated: dict[str, Any], labels: Tensor | None, passes: int) -> ParentOutput:
+        if self.unlabeled and labels is not None and labels.is_floating_point():
+            return self._ce_of_labelled_rows(model, repeated, labels, passes)
+        return self.parent_loss.of(model, repeated)
 
     def _ce_of_labelled_rows(
         self, model: nn.Module, repeated: dict[str, Any], labels: Tensor, passes: int
-    ) -> tuple[Tensor, Any]:
+    ) -> ParentOutput:
         """BCE or squared error over the labels that are not -100: heads for real-valued ones know none to ignore."""
-        check_own_loss(self.trainer)
         outputs = model(**{name: value for name, value in repeated.items() if name not in ("labels", "label")})
         logits = find_logits(outputs, passes * len(labels))
-        head = resolve_head(self.config, logits, labels, passes)
+        head = resolve_head(self.layout.config, logits, labels, passes)
         keep = labels != -100
         scores = logits.to(compute_dtype(logits)).reshape(passes, *labels.shape)[:, keep]
         loss = F.mse_loss if head.problem_type == "regression" else F.binary_cross_entropy_with_logits
         ce = loss(scores, labels[keep].to(scores.dtype).expand_as(scores), reduction="sum")
-        return ce / max(scores.numel(), 1), outputs
+        return ParentOutput(ce / max(scores.numel(), 1), outputs, [outputs])
 
     def _predictions(
         self, outputs: Any, inputs: Mapping[str, Any], labels: Tensor | None, passes: int
     ) -> _Predictions:
-        """What is to be compared among a model's outputs for `passes` passes."""
-        trainer, rows = self.trainer, passes * self.trainer._batch_size(inputs)
+        """Find what is to be compared among a model's outputs for `passes` passes."""
+        layout, rows = self.layout, passes * self.layout.size(inputs)
         hidden = _hidden_states(outputs, inputs, rows) if self.with_hidden else []
-        if trainer.logits_for_agreement is not None:
-            logits, head = _own_comparison(trainer.logits_for_agreement(outputs, inputs), rows, passes)
+        if self.logits_for_agreement is not None:
+            logits, head = _own_comparison(self.logits_for_agreement(outputs, inputs), rows, passes)
             return _Predictions(logits, head, hidden)
         logits = find_logits(outputs, rows, inputs)
         assert labels is not None  # `check_batch`
-        head = resolve_head(self.config, logits, labels, passes, trainer.shifts_labels)
-        if trainer.rdrop_argument("unlabeled") and head.mask is not None:
-            head = head._replace(mask=items_to_compare(labels, inputs, self.config, trainer.shifts_labels))
+        head = resolve_head(layout.config, logits, labels, passes, layout.shifts_labels)
+        if self.unlabeled and head.mask is not None:
+            head = head._replace(mask=layout.items_to_compare(labels, inputs))
         return _Predictions(logits, head, hidden)
 
-    def _distance(self, term: Term, found: _Predictions, passes: int) -> Tensor:
-        """The value of one term."""
+    def _divergence(self, term: Term, found: _Predictions, passes: int) -> Tensor:
+        """Compute the value of one term."""
         if term.name in OUTPUT_AGREEMENTS:
-            return found.head.agreement(found.logits, passes, term.name)
+            return found.head.divergence(found.logits, passes, term.name)
         if term.name == "hidden_states":
             values = [hidden_state_agreement(layers, passes, mask) for layers, mask in found.hidden]
             return torch.stack(values).mean()
@@ -135,7 +141,7 @@ class Objective:
 
 
 def _own_comparison(given: Any, rows: int, passes: int) -> tuple[Tensor, Head]:
-    """What a user's `logits_for_agreement` returned for `rows` rows of `passes` passes.
+    """Read what a user's `logits_for_agreement` returned for `rows` rows of `passes` passes.
 
     Raises:
         ValueError: when it is not what it has to be.
@@ -173,8 +179,10 @@ def _shown(value: Any) -> str:
 
 
 def _hidden_states(outputs: Any, inputs: Mapping[str, Any], rows: int) -> list[tuple[list[Tensor], Tensor | None]]:
-    """The outputs of all layers, `[rows, T, D]`, of each part of a model (encoder, decoder), with the mask `[B, T]` of
-    what is no padding.
+    """Find the outputs of all layers of each part of a model (encoder, decoder).
+
+    Returns:
+        `[rows, T, D]` of each layer, and the mask `[B, T]` of what is no padding.
 
     Raises:
         ValueError: when the model returns none.

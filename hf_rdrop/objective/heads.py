@@ -29,8 +29,11 @@ class Head(NamedTuple):
     problem_type: str
     mask: Tensor | None
 
-    def agreement(self, logits: Tensor, passes: int, name: str = "symmetric_kl") -> Tensor:
-        """Mean disagreement of the passes for the logits `[m * B, ...]` of a repeated batch, one of `agreements`."""
+    def divergence(self, logits: Tensor, passes: int, name: str = "symmetric_kl") -> Tensor:
+        """Compute the mean divergence of the passes from the logits `[m * B, ...]` of a repeated batch.
+
+        `name` is one of `OUTPUT_AGREEMENTS`.
+        """
         return OUTPUT_AGREEMENTS[name](stack_passes(logits, passes), self.mask, self.problem_type)
 
 
@@ -57,7 +60,7 @@ def without_answers(inputs: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     """The batch with both positions of the answers that do not count moved behind the row, where Transformers' heads
     for question answering ignore them.
 
-    To these heads -100 is not to be ignored, as it is to all others, but the first position. And of an answer that is
+    Transformers' question-answering heads do not ignore -100: they clamp it to position 0. And of an answer that is
     cut in two they count one half: their loss, the mean of that of starts and that of ends, would then not be a mean
     over items (and nan for a batch without any end).
     """

@@ -1,20 +1,18 @@
 """Set-ups that cannot work are refused before the first step: what is wrong, why it matters, what to change."""
 
 import os
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from ..dropout import describe_sources, inspect_dropout, is_stochastic
 from ..loss import check_alpha
+from ..objective.batch_layout import BatchLayout
 from ..objective.heads import ANSWER, SUPPORTED_HEADS
 from ..sub_models.places import embeds_with_noise
-from ..variant_args import REMOVED, check_removed
-
-if TYPE_CHECKING:
-    from ..trainer import RDropMixin
+from .loss_log import LossLog
 
 #: Keys that collators of packed (padding-free) or sharded sequences add: their rows are not examples.
 PACKED_INPUTS = frozenset(
@@ -41,45 +39,27 @@ def check_bases(cls: type, mixin: type) -> None:
         )
 
 
-def check_training_setup(trainer: "RDropMixin") -> None:
-    """Check model, arguments and parallelism when training begins.
+def check_parallelism(alpha: float, args: TrainingArguments, accelerator: Any) -> None:
+    """Check alpha and how the training is spread over devices.
 
     Raises:
-        ValueError: when training with R-Drop would fail, be wrong or do nothing.
+        ValueError: when losses could not be averaged rightly, or the passes not be told apart.
     """
-    alpha = trainer.rdrop_argument("alpha")
     check_alpha(alpha)  # once more: a hyper-parameter search sets it on the arguments
-    check_removed(name for name in REMOVED if getattr(trainer.args, name, None))  # arguments that were unpickled
-    check_processes(trainer.args)
-    if trainer.args.n_gpu > 1:
+    check_processes(args)
+    if args.n_gpu > 1:
         raise ValueError(
-            f"{trainer.args.n_gpu} GPUs in one process (torch.nn.DataParallel) would divide a repeated batch across "
+            f"{args.n_gpu} GPUs in one process (torch.nn.DataParallel) would divide a repeated batch across "
             "devices and average losses without their item counts. Start one process per GPU with `accelerate "
             "launch` or `torchrun`, or show one GPU with CUDA_VISIBLE_DEVICES=0."
         )
-    with trainer.sub_models() as sources:  # whether the model has a place for them
-        differs = sources is not None and sources.differs
-    if alpha == 0:
-        return
-    asked = trainer.args.label_names is not None  # then the first batch will show whether they are class labels
-    names = {"labels", "label", *ANSWER}
-    known = not trainer.label_names or not names.isdisjoint(trainer.label_names)
-    if not known and not asked and hasattr(trainer.base_model, "config") and trainer.logits_for_agreement is None:
-        raise ValueError(
-            f"R-Drop does not support the head of {type(trainer.base_model).__name__}: it is trained on "
-            f"{', '.join(trainer.label_names)}, not on `labels`. Supported heads: {SUPPORTED_HEADS}. "
-            "Use one of these, or set rdrop_alpha to 0."
-        )
-    parallelism = getattr(trainer.accelerator, "parallelism_config", None)
-    if any(getattr(parallelism, f"{kind}_enabled", False) for kind in ("cp", "sp")):
+    parallelism = getattr(accelerator, "parallelism_config", None)
+    if alpha and any(getattr(parallelism, f"{kind}_enabled", False) for kind in ("cp", "sp")):
         raise ValueError(
             "R-Drop cannot be used with context or sequence parallelism: each rank holds a slice of every sequence, "
             "so neither the passes nor the valid items can be told apart there. Use data parallelism (DDP, FSDP, "
             "DeepSpeed ZeRO), or set rdrop_alpha to 0."
         )
-    has_noise = trainer.args.neftune_noise_alpha and embeds_with_noise(trainer.base_model)
-    if not has_noise and not differs:  # that noise differs between the passes too
-        check_stochastic(trainer.base_model)
 
 
 def check_processes(args: TrainingArguments) -> None:
@@ -106,12 +86,37 @@ def check_processes(args: TrainingArguments) -> None:
         )
 
 
-def check_stochastic(model: nn.Module) -> None:
+def check_head(model: nn.Module, label_names: Sequence[str]) -> None:
+    """Check that a model is trained on labels whose predictions can be compared.
+
+    Args:
+        model: the model itself; a module without a configuration is left to its first batch.
+        label_names: the names of its labels, as the Trainer has found them.
+
+    Raises:
+        ValueError: when it is not.
+    """
+    if label_names and {"labels", "label", *ANSWER}.isdisjoint(label_names) and hasattr(model, "config"):
+        raise ValueError(
+            f"R-Drop does not support the head of {type(model).__name__}: it is trained on "
+            f"{', '.join(label_names)}, not on `labels`. Supported heads: {SUPPORTED_HEADS}. "
+            "Use one of these, or set rdrop_alpha to 0."
+        )
+
+
+def check_stochastic(model: nn.Module, with_sub_models: bool = False, with_noise: bool = False) -> None:
     """Check that something random in the model differs between the passes.
+
+    Args:
+        model: the model itself.
+        with_sub_models: whether `SubModels` makes the passes differ.
+        with_noise: whether Trainer's NEFTune adds noise to the embeddings.
 
     Raises:
         ValueError: when nothing does.
     """
+    if with_sub_models or (with_noise and embeds_with_noise(model)):
+        return
     sources = inspect_dropout(model)
     if not is_stochastic(sources):
         raise ValueError(
@@ -122,51 +127,77 @@ def check_stochastic(model: nn.Module) -> None:
         )
 
 
-def check_batch(trainer: "RDropMixin", inputs: Mapping[str, Any]) -> Tensor | None:
-    """Check that a training batch can be repeated and compared; returns its labels. Looks at shapes only.
+def check_batch(
+    layout: BatchLayout,
+    inputs: Mapping[str, Any],
+    labels: Tensor | None,
+    *,
+    own_logits: bool = False,
+    label_smoothing: float = 0.0,
+) -> None:
+    """Check that a training batch can be repeated and compared. Looks at shapes only.
 
-    (Without labels only where `logits_for_agreement` says what counts.)
+    Args:
+        layout: how batches are read.
+        inputs: the batch, not repeated.
+        labels: its labels; None only with `own_logits`.
+        own_logits: whether `logits_for_agreement` says what the passes are compared by.
+        label_smoothing: as Trainer's `label_smoothing_factor`.
 
     Raises:
         ValueError: when it cannot.
     """
-    labels = trainer.find_labels(inputs)
-    if labels is None and trainer.logits_for_agreement is None:
+    if labels is None and not own_logits:
         raise ValueError(
             f"R-Drop needs `labels` in the batch to know which items count; it has: {', '.join(inputs)}. Check the "
             "data set's columns and `label_names`, or set rdrop_alpha to 0."
         )
     packed = PACKED_INPUTS.intersection(inputs)
-    if packed or (trainer._batch_size(inputs) == 1 and "position_ids" in inputs and "attention_mask" not in inputs):
+    if packed or (layout.size(inputs) == 1 and "position_ids" in inputs and "attention_mask" not in inputs):
         raise ValueError(
             "R-Drop cannot repeat packed (padding-free) batches: their single row holds many examples "
             f"({', '.join(sorted(packed)) or 'position_ids without attention_mask'}). Use a padding collator such as "
             "DataCollatorWithPadding, or set rdrop_alpha to 0."
         )
-    if trainer.label_smoother is not None:
-        if labels is not None and labels.is_floating_point():
-            raise ValueError(
-                "label_smoothing_factor needs class indices, but the labels are real numbers (regression or "
-                "multi-label). Set label_smoothing_factor to 0."
-            )
-        config = getattr(trainer.base_model, "config", None)
-        if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" not in inputs:
-            raise ValueError(
-                "With label smoothing the labels are withheld from the model, which then cannot make its decoder "
-                "inputs from them. Use DataCollatorForSeq2Seq(tokenizer, model=model), which adds decoder_input_ids, "
-                "or set label_smoothing_factor to 0."
-            )
-    return labels
+    if label_smoothing and labels is not None and labels.is_floating_point():
+        raise ValueError(
+            "label_smoothing_factor needs class indices, but the labels are real numbers (regression or "
+            "multi-label). Set label_smoothing_factor to 0."
+        )
+    is_pair = getattr(layout.config, "is_encoder_decoder", False)
+    if label_smoothing and is_pair and "decoder_input_ids" not in inputs:
+        raise ValueError(
+            "With label smoothing the labels are withheld from the model, which then cannot make its decoder "
+            "inputs from them. Use DataCollatorForSeq2Seq(tokenizer, model=model), which adds decoder_input_ids, "
+            "or set label_smoothing_factor to 0."
+        )
 
 
-def check_own_loss(trainer: "RDropMixin") -> None:
+def check_loss_of_labelled_rows(reader: str | None) -> None:
     """Check that nobody else computes the loss where `rdrop_unlabeled` leaves rows out of a loss of real numbers.
+
+    Args:
+        reader: name of the user code that reads the model's outputs; None when nobody does.
 
     Raises:
         ValueError: when somebody does.
     """
-    if (user := trainer.user_of_outputs) is not None:
+    if reader is not None:
         raise ValueError(
             "rdrop_unlabeled with real-valued labels (regression or multi-label) computes the loss of the labelled "
-            f"rows itself, but {user}. Use the model's own loss, or leave rdrop_unlabeled out."
+            f"rows itself, but {reader}. Use the model's own loss, or leave rdrop_unlabeled out."
+        )
+
+
+def check_was_called(trainer_class: type, log: LossLog) -> None:
+    """Check after a forward and backward pass, and before the optimizer's step, that R-Drop's loss took part.
+
+    Raises:
+        ValueError: when a subclass's `compute_loss` has replaced it.
+    """
+    if log.is_empty:
+        raise ValueError(
+            f"{trainer_class.__name__} trains without R-Drop: a `compute_loss` of its own does not call "
+            "super().compute_loss. Put your loss into a Trainer class below the mixin: class WithLoss(Trainer) with "
+            "compute_loss, then class MyTrainer(RDropMixin, WithLoss)."
         )

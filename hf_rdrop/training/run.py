@@ -1,132 +1,238 @@
-"""What makes the second pass cheaper in a training run: the shared trunk and the fused head."""
+"""One training run with R-Drop: what its settings put on the model, and the loss of its batches."""
 
 import logging
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainingArguments
 
-from ..cost.model_shape import describe_model
-from ..cost.predict import predict_cost
 from ..fused.head import FusedHead, choose_fused_head
-from ..objective.heads import find_logits
-from ..objective.parent_loss import check_labels_of_head
-from ..trunk.check import check_shared_trunk
+from ..objective.batch_layout import BatchLayout
+from ..objective.batch_loss import BatchLoss, Objective
+from ..objective.parent_loss import ParentLoss
+from ..sub_models import SubModels
+from ..training_args import REMOVED, check_removed
 from ..trunk.shared import SharedTrunk
-
-if TYPE_CHECKING:
-    from ..trainer import RDropMixin
+from .checks import check_batch, check_head, check_loss_of_labelled_rows, check_parallelism, check_stochastic
+from .first_batch import check_labels_of_head, describe_cost, show, try_trunk
+from .item_counts import ItemCounts
+from .settings import Settings, StepPlan
 
 logger = logging.getLogger(__name__)
 
 
-class Economies:
-    """The economies of one training run, set up when it begins and tried out on its first batch.
+class RunFacts(NamedTuple):
+    """What was in force in a training run.
 
     Args:
-        trainer: the trainer, whose arguments ask for them.
-
-    Attributes:
-        trunk: the shared lower layers, None when nothing is shared.
-        fused_head: the head that computes the loss itself, None when the full logits are used. Known after `try_out`.
-        tried_out, compared: whether the first batch, and the first logits of several passes, have been looked at.
-
-    Raises:
-        ValueError: when the model's layers cannot be shared.
+        model: the model, without wrappers and adapters.
+        settings: R-Drop's arguments.
+        own_logits: whether `logits_for_agreement` said what the passes are compared by.
+        shared_layers: number of layers that the passes shared; 0 for none.
+        num_layers: number of layers of the stack that they belong to; 0 where nothing was shared.
+        fused_head: whether the loss was computed in place of the head.
     """
 
-    def __init__(self, trainer: "RDropMixin") -> None:
-        self.trainer = trainer
+    model: nn.Module
+    settings: Settings
+    own_logits: bool
+    shared_layers: int
+    num_layers: int
+    fused_head: bool
+
+
+class TrainingRun:
+    """The objective of one model by its settings, and what makes the second pass cheaper.
+
+    Args:
+        model: the model, without wrappers and adapters.
+        args: arguments of the training.
+        layout: how batches are read.
+        parent_loss: the loss under R-Drop's.
+        logits_for_agreement: as for `RDropMixin`; None for the model's own logits.
+        needs_outputs: who needs the model's outputs, so that no fused head can take their place; None for nobody.
+        label_smoothing: share of the target given to the uniform distribution; 0 where the Trainer leaves it out.
+        shows: whether this process shows what a step costs.
+
+    Attributes:
+        settings: R-Drop's arguments, as they were when they were last read.
+        items: counts what a mean is over.
+        trunk: the shared lower layers, None when nothing is shared.
+        fused_head: the head that computes the loss itself, None when the full logits are used; known after the first
+            batch.
+    """
+
+    settings: Settings
+    objective: Objective
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        layout: BatchLayout,
+        parent_loss: ParentLoss,
+        *,
+        logits_for_agreement: Callable[[Any, Mapping[str, Any]], Any] | None = None,
+        needs_outputs: str | None = None,
+        label_smoothing: float = 0.0,
+        shows: bool = False,
+    ) -> None:
+        self.model, self.layout, self.parent_loss, self.args = model, layout, parent_loss, args
+        self.logits_for_agreement, self.needs_outputs, self.shows = logits_for_agreement, needs_outputs, shows
+        self.label_smoothing = label_smoothing
         self.trunk: SharedTrunk | None = None
         self.fused_head: FusedHead | None = None
-        self.tried_out = self.compared = False
-        if trainer.rdrop_argument("alpha") and (shared := trainer.rdrop_argument("shared_layers")):
-            self.trunk = SharedTrunk(trainer.base_model, shared, non_batch_inputs=trainer.non_batch_inputs)
+        self._sub_models: SubModels | None = None
+        self._prepared = self._tried_out = False
+        self.items = ItemCounts(layout, unlabeled=False)
+        self.read(Settings.of(args))
 
-    def try_out(self, model: nn.Module, inputs: Mapping[str, Any], labels: Tensor | None) -> None:
-        """Check on the rows of the first batch that labels are right and every economy does what it should.
+    def read(self, settings: Settings) -> None:
+        """Take over settings that may have changed between steps; the trunk and the fused head stay as they are."""
+        self.settings, own = settings, self.logits_for_agreement
+        self.items.unlabeled = settings.unlabeled
+        self.objective = Objective(settings.agreement, settings.unlabeled, self.layout, self.parent_loss, own)
+
+    # ---- From the first step to the last ----
+
+    def check_setup(self, accelerator: Any) -> None:
+        """Check model, arguments and parallelism.
+
+        Raises:
+            ValueError: when training with R-Drop would fail, be wrong or do nothing.
+        """
+        args, own = self.args, self.logits_for_agreement is not None
+        check_removed(name for name in REMOVED if getattr(args, name, None))  # arguments that were unpickled
+        check_parallelism(self.settings.alpha, args, accelerator)
+        with self.sub_models() as sources:  # whether the model has a place for them
+            differs = sources is not None and sources.differs
+        if self.settings.alpha:
+            if args.label_names is None and not own:  # else the first batch will show whether they are class labels
+                check_head(self.model, self.layout.label_names)
+            check_stochastic(self.model, differs, bool(args.neftune_noise_alpha))
+
+    @contextmanager
+    def sub_models(self) -> Iterator[SubModels | None]:
+        """Put the sources of sub-models on the model for a moment; None when the settings ask for none.
+
+        Raises:
+            ValueError: when the model has no place for one.
+        """
+        found = self._new_sub_models()
+        try:
+            yield found
+        finally:
+            if found is not None:
+                found.remove()
+
+    def begin(self) -> None:
+        """Put on the model what training needs."""
+        self._sub_models = self._new_sub_models()
+        self._prepare()
+
+    def end(self) -> None:
+        """Take the sources of sub-models off the model."""
+        if self._sub_models is not None:
+            self._sub_models.remove()
+            self._sub_models = None
+
+    def remove(self) -> None:
+        """Leave the model as it was."""
+        self.end()
+        if self.trunk is not None:
+            self.trunk.remove()
+
+    def facts(self) -> RunFacts:
+        """Tell what was in force."""
+        trunk, own = self.trunk, self.logits_for_agreement is not None
+        shared = (trunk.shared_layers, trunk.num_layers) if trunk is not None else (0, 0)
+        return RunFacts(self.model, self.settings, own, *shared, self.fused_head is not None)
+
+    # ---- A step ----
+
+    def loss(self, model: nn.Module, inputs: dict[str, Any], plan: StepPlan, return_outputs: bool) -> BatchLoss:
+        """Compute CE and divergence of a training batch.
 
         Args:
             model: the model as training calls it.
-            inputs: the batch, not repeated.
-            labels: its labels.
+            inputs: the batch, not repeated; not changed.
+            plan: of the optimizer step.
+            return_outputs: whether the outputs are asked for, so that no fused head can take their place.
+        """
+        labels = self.layout.labels(inputs)
+        if self.settings.unlabeled and labels is not None and labels.is_floating_point():
+            check_loss_of_labelled_rows(self.parent_loss.reader)
+        if not self.settings.alpha:
+            return self.objective.plain(model, inputs, labels)
+        own = self.logits_for_agreement is not None
+        check_batch(self.layout, inputs, labels, own_logits=own, label_smoothing=self.label_smoothing)
+        if not self._tried_out:
+            self.try_out(model, inputs, labels)
+        if self.trunk is not None:
+            self.trunk.start(plan.passes)
+        if self.fused_head is not None and not return_outputs:
+            loss, ce, kl = self.fused_head.loss(
+                model,
+                inputs,
+                self.layout.repeat,
+                passes=plan.passes,
+                shift_labels=self.layout.shifts_labels,
+                alpha=plan.alpha,
+                label_smoothing=self.label_smoothing,
+            )
+            return BatchLoss(ce, kl, None, loss)
+        if not plan.compares:
+            return self.objective.plain(model, inputs, labels)
+        return self.objective.compared(model, inputs, labels, plan.passes)
+
+    def stop(self) -> None:
+        """Share no layers any more; after the backward pass, in which gradient checkpointing runs them once more."""
+        if self.trunk is not None:
+            self.trunk.stop()
+
+    # ---- The first batch ----
+
+    def _new_sub_models(self) -> SubModels | None:
+        s = self.settings
+        wanted = {"layer_drop": s.layer_drop, "insert_dropout": s.insert_dropout}
+        return SubModels(self.model, **wanted) if any(wanted.values()) else None
+
+    def _prepare(self) -> None:
+        self._prepared = True
+        if self.settings.alpha and self.settings.shared_layers:
+            shared, stay = self.settings.shared_layers, self.layout.non_batch_inputs
+            self.trunk = SharedTrunk(self.model, shared, non_batch_inputs=stay)
+
+    def try_out(self, model: nn.Module, inputs: dict[str, Any], labels: Tensor | None) -> None:
+        """Check on the first batch that labels are right and that every economy does what it should.
 
         Raises:
             ValueError: when a label is no class of the model, or when the model does not work with its layers shared
                 or with the fused head asked for.
         """
-        self.tried_out, trainer = True, self.trainer
+        if not self._prepared:
+            self._prepare()
+        self._tried_out = True
         if labels is not None:
-            check_labels_of_head(trainer.base_model, labels)
+            check_labels_of_head(self.model, labels)
         model = getattr(model, "_orig_mod", model)  # nothing is compiled for the sake of a check
         if self.trunk is not None:
-            passes = trainer.rdrop_argument("passes")
-            repeated = trainer.repeat(inputs, passes)
-            given: Any = trainer.logits_for_agreement
-            check_shared_trunk(
-                self.trunk,
-                model,
-                repeated,
-                passes,
-                batch_size=trainer._batch_size(inputs),
-                logits_of=find_logits if given is None else lambda outputs, _, plain: _first(given(outputs, plain)),
-            )
+            try_trunk(self.trunk, model, inputs, self.settings.passes, self.layout, self.logits_for_agreement)
         self.fused_head = choose_fused_head(
-            trainer.rdrop_argument("fused_head"),
-            trainer.base_model,
+            self.settings.fused_head,
+            self.model,
             model,
             inputs,
             labels,
-            shift_labels=trainer.shifts_labels,
-            obstacle=trainer.needs_outputs,
+            shift_labels=self.layout.shifts_labels,
+            obstacle=self.needs_outputs,
         )
         torch.clear_autocast_cache()  # torch before 2.8 would train on with the casts of the checks, without gradient
-        if trainer.is_world_process_zero():
-            logger.info(self.describe_cost(inputs))
-
-    def describe_cost(self, inputs: Mapping[str, Any]) -> str:
-        """What the cost model says of a step on this batch, in a sentence."""
-        trainer, args = self.trainer, self.trainer.args
-        try:
-            shape = describe_model(trainer.base_model, inputs, itemsize=2 if args.bf16 or args.fp16 else None)
-        except Exception as error:  # a model of an unforeseen kind must train all the same
-            logger.debug("The sizes of the model cannot be read.", exc_info=error)
-            shape = None
-        if shape is None:
-            return "R-Drop: no prediction of the cost, because the sizes of this model's layers are unknown."
-        cost = predict_cost(
-            shape,
-            passes=trainer.rdrop_argument("passes"),
-            shared_layers=0 if self.trunk is None else self.trunk.shared_layers,
-            interval=trainer.rdrop_argument("interval"),
-            fused_head=self.fused_head is not None,
-            gradient_checkpointing=any(
-                getattr(m, "gradient_checkpointing", False) for m in trainer.base_model.modules()
-            ),
-            gradient_accumulation_steps=args.gradient_accumulation_steps,
-        )
-        return (
-            f"R-Drop: about {cost.time:.2f}x the time and {cost.memory:.2f}x the memory for activations and gradients "
-            "of plain fine-tuning (predicted from the sizes of model and batch)."
-        )
-
-    def start(self, passes: int) -> None:
-        """Before a forward over a batch repeated `passes` times; in force until `stop`."""
-        if self.trunk is not None:
-            self.trunk.start(passes)
-
-    def stop(self) -> None:
-        """After the backward pass, and not sooner: gradient checkpointing runs the shared layers in it once more."""
-        if self.trunk is not None:
-            self.trunk.stop()
-
-    def remove(self) -> None:
-        """Leave the model as it was."""
-        if self.trunk is not None:
-            self.trunk.remove()
-
-
-def _first(given: Any) -> Any:
-    """The scores of (scores, mask, ...)."""
-    return given[0] if isinstance(given, tuple) else given
+        if self.shows:
+            shared = self.trunk.shared_layers if self.trunk is not None else 0
+            fused = self.fused_head is not None
+            told = describe_cost(self.model, inputs, self.settings, self.args, shared_layers=shared, fused_head=fused)
+            show(told, self.args)

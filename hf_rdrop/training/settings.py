@@ -1,56 +1,84 @@
-"""A training run as its arguments ask for it: rates and sources of sub-models, and what each step is."""
+"""R-Drop's arguments as typed values, and what they ask of one optimizer step."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+import dataclasses
+import math
+from typing import Any, NamedTuple
 
-from ..dropout import set_dropout
-from ..sub_models.sources import SubModels
 from ..training_args import RDropArguments
-from ..variant_args import SOURCES, alpha_at
-from .item_counts import ItemCountMixin
 
 
-class RunMixin(ItemCountMixin):
-    """What R-Drop's arguments mean for a Trainer's model and for the optimizer step it is at."""
+class StepPlan(NamedTuple):
+    """What one optimizer step does.
 
-    def rdrop_argument(self, name: str) -> Any:
-        """An R-Drop argument, or its default where `args` is a plain `TrainingArguments`."""
-        return getattr(self.args, f"rdrop_{name}", getattr(RDropArguments, f"rdrop_{name}"))
+    Args:
+        alpha: weight of the divergence, >= 0.
+        compares: whether the step has a divergence term.
+        passes: how often its batches are repeated, >= 1.
+    """
 
-    def _apply_dropout(self, model: Any) -> None:
-        if (p := self.rdrop_argument("dropout")) is not None:
-            set_dropout(model, p)
+    alpha: float
+    compares: bool
+    passes: int
 
-    @contextmanager
-    def sub_models(self) -> Iterator[SubModels | None]:
-        """The sources of sub-models that the arguments ask for, on the model for a moment; None when there are none.
 
-        Raises:
-            ValueError: when the model has no place for one.
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The `rdrop_*` arguments without their prefix; `RDropArguments` says what each means."""
+
+    alpha: float
+    passes: int
+    dropout: float | None
+    fused_head: str
+    shared_layers: float
+    interval: int
+    agreement: str
+    alpha_schedule: str
+    alpha_warmup: float
+    unlabeled: bool
+    layer_drop: float
+    insert_dropout: float
+
+    @classmethod
+    def of(cls, args: Any) -> "Settings":
+        """Read the settings off training arguments; a plain `TrainingArguments` has the defaults."""
+        return cls(*(getattr(args, name, default) for name, default in _DEFAULTS))
+
+    def plan(self, step: int, max_steps: int) -> StepPlan:
+        """Plan an optimizer step.
+
+        Args:
+            step: optimizer steps done so far.
+            max_steps: of the whole training; 0 when there is none.
         """
-        wanted = {name: self.rdrop_argument(name) for name in SOURCES}
-        found = SubModels(self.base_model, **wanted) if any(wanted.values()) else None
-        try:
-            yield found
-        finally:
-            if found is not None:
-                found.remove()
+        compares = bool(self.alpha) and step % self.interval == 0
+        return StepPlan(self.alpha_at(step, max_steps), compares, self.passes if compares else 1)
+
+    def alpha_at(self, step: int, max_steps: int) -> float:
+        """Give alpha at an optimizer step.
+
+        Args:
+            step: optimizer steps done so far.
+            max_steps: of the whole training; 0 when there is none, and alpha is the final one.
+
+        Returns:
+            ``alpha * t`` or ``alpha * exp(-5 (1 - t)^2)`` with ``t = min(1, (step + 1) / warmup)``, so above 0 from
+            the first step on.
+
+        Source: the sigmoid-shaped one is that of Laine & Aila 2017 (arXiv 1610.02242).
+        """
+        if self.alpha_schedule == "constant" or max_steps <= 0:
+            return self.alpha
+        steps = self.alpha_warmup * max_steps if self.alpha_warmup <= 1 else self.alpha_warmup
+        t = min(1.0, (step + 1) / max(steps, 1.0))
+        return self.alpha * (t if self.alpha_schedule == "linear" else math.exp(-5 * (1 - t) ** 2))
 
     @property
-    def _alpha(self) -> float:
-        """Alpha at this optimizer step."""
-        return alpha_at(self.args, self.rdrop_argument("alpha"), self.state.global_step, self.state.max_steps)
+    def asks_for_sub_models(self) -> bool:
+        """Whether the model is to have sources of sub-models beside its dropout."""
+        return bool(self.layer_drop or self.insert_dropout)
 
-    @property
-    def _compares(self) -> bool:
-        """Whether this optimizer step has an agreement term."""
-        return bool(self.rdrop_argument("alpha")) and self.state.global_step % self.rdrop_argument("interval") == 0
 
-    @property
-    def _passes(self) -> int:
-        """How often this optimizer step's batches are repeated while training."""
-        return self.rdrop_argument("passes") if self._compares else 1
-
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        return super().floating_point_ops(inputs) * self._passes
+# Looked up once, because the settings are read anew for every batch.
+_DEFAULTS = [
+    (f"rdrop_{field.name}", getattr(RDropArguments, f"rdrop_{field.name}")) for field in dataclasses.fields(Settings)
+]

@@ -196,7 +196,7 @@ def run(head, size, steps, model=None, rows=None, ddp_options=(), has_dropout=Fa
         "seen": trainer.seen,
         "within": recorder.within,
         "between": recorder.between,
-        "fused": trainer._economies.fused_head is not None,
+        "fused": trainer.rdrop_run.fused_head is not None,
     }
 
 
