@@ -42,23 +42,6 @@ if TYPE_CHECKING:
     from .trainer import RDropMixin, RDropSeq2SeqTrainer, RDropTrainer
     from .training_args import RDropArguments, RDropSeq2SeqTrainingArguments, RDropTrainingArguments
 
-__all__ = [
-    "Consistency",
-    "RDropArguments",
-    "RDropLoss",
-    "RDropMixin",
-    "RDropSeq2SeqTrainer",
-    "RDropSeq2SeqTrainingArguments",
-    "RDropTrainer",
-    "RDropTrainingArguments",
-    "SubModels",
-    "__version__",
-    "insert_dropout",
-    "inspect_dropout",
-    "measure_consistency",
-    "set_dropout",
-]
-
 _HOMES = {
     "consistency": ("Consistency", "measure_consistency"),
     "dropout": ("inspect_dropout", "set_dropout"),
@@ -69,6 +52,7 @@ _HOMES = {
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _MODULES = (*_HOMES, "agreements", "batch", "checkpoints", "contrastive", "cost", "functional", "fused", "metrics")
+__all__ = ["__version__", *_HOME_OF]
 
 
 def __getattr__(name: str) -> Any:

@@ -19,7 +19,7 @@ from .objective.parent_loss import ParentLoss
 from .sub_models import SubModels
 from .training.checks import check_bases, check_was_called
 from .training.loss_log import LossLog, log_fields, warn_of_inert
-from .training.run import RunFacts, TrainingRun
+from .training.run import TrainingRun
 from .training.settings import Settings
 
 if TYPE_CHECKING:
@@ -63,13 +63,7 @@ class RDropMixin(CleanPushMixin, ResumeMixin, _AnyTrainer):
             Accumulated batches count by their labels: by `labels`, else the first of `label_names` that is in the
             batch, and with none of them all alike.
 
-    Further arguments (of the `args` given to the Trainer; their defaults hold for a plain `TrainingArguments`):
-        rdrop_alpha: weight of the divergence, >= 0.
-        rdrop_passes: number of passes m, >= 2.
-        rdrop_dropout: when given, `set_dropout(model, rdrop_dropout)` is applied to the model.
-        rdrop_fused_head: `"auto"`, `"on"` or `"off"`: the loss of a language model in place of its head.
-        rdrop_shared_layers: number, or fraction, of the lower layers that the passes share; 0 for none.
-        rdrop_interval: R-Drop at every n-th optimizer step, n >= 1.
+    The `rdrop_*` arguments are those of `RDropArguments`; a plain `TrainingArguments` means their defaults.
 
     Raises:
         ValueError: before the first step, when the set-up cannot work (nothing stochastic in the model, unsupported
@@ -143,14 +137,9 @@ class RDropMixin(CleanPushMixin, ResumeMixin, _AnyTrainer):
         # Accumulation. Both terms are means over this batch, and the optimizer step's are means over all its items, so
         # each batch counts by its items, here and nowhere else: the parent was not told of the step's count. With
         # `average_tokens_across_devices` that count is of all ranks, whose gradients are then averaged: times ranks.
-        across = self.args.average_tokens_across_devices
-        weights = run.items.shares(
-            inputs,
-            count,
-            num_items_in_batch,
-            ranks=self.accelerator.num_processes if across else 1,
-            accumulation=getattr(self, "current_gradient_accumulation_steps", 1),
-        )
+        ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        accumulated = getattr(self, "current_gradient_accumulation_steps", 1)
+        weights = run.items.shares(inputs, count, num_items_in_batch, ranks, accumulated)
         # Without a count, the Trainer's `training_step` divides by the accumulation steps itself.
         divided = num_items_in_batch is not None or self.compute_loss_func is not None
         w = weights if divided else (1, 1)
@@ -188,8 +177,8 @@ class RDropMixin(CleanPushMixin, ResumeMixin, _AnyTrainer):
     def rdrop_run(self) -> TrainingRun:
         """R-Drop's part of this training: its settings, and what is on the model.
 
-        Made when training begins, and for a `compute_loss` without one; an argument that changes between two steps
-        counts from the next batch on.
+        Made when training begins, or for a `compute_loss` outside it. An argument that a callback changes counts from
+        the next batch on.
         """
         settings = Settings.of(self.args)
         if self._run is None or self._run.model is not self.base_model:
@@ -199,12 +188,11 @@ class RDropMixin(CleanPushMixin, ResumeMixin, _AnyTrainer):
         return self._run
 
     def _new_run(self) -> TrainingRun:
-        parent = ParentLoss(super().compute_loss, self._parent_name, self.user_of_outputs)
         return TrainingRun(
             self.base_model,
             self.args,
             BatchLayout.of(self.base_model, self.label_names, self.non_batch_inputs),
-            parent,
+            ParentLoss(super().compute_loss, self._parent_name, self.user_of_outputs),
             logits_for_agreement=self.logits_for_agreement,
             needs_outputs=self.needs_outputs,
             label_smoothing=0.0 if self.label_smoother is None else self.args.label_smoothing_factor,
@@ -252,29 +240,20 @@ class RDropMixin(CleanPushMixin, ResumeMixin, _AnyTrainer):
 
         return mean_loss
 
-    def _set_dropout(self) -> None:
-        model: Any = self.model
-        if (p := Settings.of(self.args).dropout) is not None:
-            set_dropout(model, p)
-
     @contextmanager
     def sub_models(self) -> Iterator[SubModels | None]:
-        """Put the sources of sub-models that the arguments ask for on the model for a moment; None without any.
-
-        Raises:
-            ValueError: when the model has no place for one.
-        """
+        """Put the sources of sub-models that the arguments ask for on the model for a moment; None without any."""
         with self.rdrop_run.sub_models() as sources:
             yield sources
 
     # ---- From the first step to the last ----
 
-    def check_setup(self) -> None:
-        """Refuse what cannot work, before the first step.
+    def _set_dropout(self) -> None:
+        if (p := Settings.of(self.args).dropout) is not None:
+            set_dropout(self.model, p)  # type: ignore[arg-type]
 
-        Raises:
-            ValueError: when training with R-Drop would fail, be wrong or do nothing.
-        """
+    def check_setup(self) -> None:
+        """Raise a ValueError where training with R-Drop would fail, be wrong or do nothing, as `train` does."""
         self._new_run().check_setup(self.accelerator)
 
     def _begin_training(self) -> None:
@@ -290,10 +269,6 @@ class RDropMixin(CleanPushMixin, ResumeMixin, _AnyTrainer):
         # (Processes that share a batch, in tensor parallelism, must draw the same.)
         tensor_parallel = getattr(getattr(self.accelerator, "parallelism_config", None), "tp_size", 1)
         draw_own_masks(self.accelerator.process_index // tensor_parallel, self.args.device)
-
-    def _end_training(self) -> None:
-        if self._run is not None:
-            self._run.end()
 
     def _end_step(self) -> None:
         """Say once, after the first hundred steps, when the divergence does nothing."""
@@ -314,8 +289,7 @@ class RDropMixin(CleanPushMixin, ResumeMixin, _AnyTrainer):
     def create_model_card(self, *args: Any, comparison: Any = None, consistency: Any = None, **kwargs: Any) -> None:
         """As the base class's, with R-Drop's evidence on the card; see `hf_rdrop.cards.card.write_card`."""
         if self.is_world_process_zero():
-            facts: RunFacts = self.rdrop_run.facts()
-            base_card = super().create_model_card
+            base_card, facts = super().create_model_card, self.rdrop_run.facts()
             write_card(self, base_card, args, kwargs, facts, comparison=comparison, consistency=consistency)
 
 
@@ -335,7 +309,7 @@ class _RDropCallback(TrainerCallback):
         self.trainer._end_step()
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        self.trainer._end_training()
+        self.trainer.rdrop_run.end()
 
 
 class RDropTrainer(RDropMixin, Trainer):

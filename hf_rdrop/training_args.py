@@ -40,6 +40,10 @@ def check_removed(names: Iterable[str]) -> None:
             raise ValueError(f"{name} was removed: {REMOVED[name]}.")
 
 
+def _argument(default: Any, text: str, choices: Iterable[str] | None = None) -> Any:
+    return field(default=default, metadata={"help": text} | ({"choices": list(choices)} if choices else {}))
+
+
 @dataclass
 class RDropArguments:
     """Arguments that turn a `Trainer`'s objective into R-Drop's; mix in before a `TrainingArguments` class.
@@ -51,105 +55,80 @@ class RDropArguments:
     """
 
     # The paper's value for language modelling and one of its three for GLUE (Liang et al. 2021).
-    rdrop_alpha: float = field(
-        default=1.0,
-        metadata={
-            "help": "Weight of the divergence between the passes, >= 0: loss = CE + alpha/2 * KL, where CE is the "
-            "mean cross-entropy of the passes and KL the mean symmetric Kullback-Leibler divergence, "
-            "sKL(P, Q) = 1/2 KL(P||Q) + 1/2 KL(Q||P), of all pairs of passes; with two passes that is "
-            "(CE1 + CE2 + alpha * sKL) / 2, the paper's alpha. 0 is plain fine-tuning (the baseline). "
-            "The paper: 0.1, 0.5 or 1 for GLUE, 5 for translation, 0.7 for summarisation."
-        },
+    rdrop_alpha: float = _argument(
+        1.0,
+        "Weight of the divergence between the passes, >= 0: loss = CE + alpha/2 * KL, where CE is the "
+        "mean cross-entropy of the passes and KL the mean symmetric Kullback-Leibler divergence, "
+        "sKL(P, Q) = 1/2 KL(P||Q) + 1/2 KL(Q||P), of all pairs of passes; with two passes that is "
+        "(CE1 + CE2 + alpha * sKL) / 2, the paper's alpha. 0 is plain fine-tuning (the baseline). "
+        "The paper: 0.1, 0.5 or 1 for GLUE, 5 for translation, 0.7 for summarisation.",
     )
     # Two, as in the paper: a third pass added 0.05 BLEU there.
-    rdrop_passes: int = field(
-        default=2,
-        metadata={
-            "help": "Number m of stochastic passes each example makes, >= 2: CE is averaged over the m passes and KL "
-            "over the m * (m - 1) / 2 pairs. All passes run in one forward over m * batch_size rows."
-        },
+    rdrop_passes: int = _argument(
+        2,
+        "Number m of stochastic passes each example makes, >= 2: CE is averaged over the m passes and KL "
+        "over the m * (m - 1) / 2 pairs. All passes run in one forward over m * batch_size rows.",
     )
-    rdrop_dropout: float | None = field(
-        default=None,
-        metadata={
-            "help": "Set every dropout of the model (modules and configuration alike) to this rate p, 0 <= p < 1: "
-            "each element is zeroed with probability p and the rest divided by 1 - p. Default: leave the model's own "
-            "rates. R-Drop needs dropout > 0 somewhere; models such as Llama or ModernBERT come with 0."
-        },
+    rdrop_dropout: float | None = _argument(
+        None,
+        "Set every dropout of the model (modules and configuration alike) to this rate p, 0 <= p < 1: "
+        "each element is zeroed with probability p and the rest divided by 1 - p. Default: leave the model's own "
+        "rates. R-Drop needs dropout > 0 somewhere; models such as Llama or ModernBERT come with 0.",
     )
 
     # Exact, so it is on where it pays; the other three change the objective or its noise and are off.
-    rdrop_fused_head: str = field(
-        default="auto",
-        metadata={
-            "help": "Language-model heads (translation, causal, masked): compute CE, KL and their gradients from the "
-            "hidden states chunk by chunk, so that the logits of the whole vocabulary never exist. The objective is "
-            "the same, in less time and memory. 'auto': where the vocabulary is large enough to gain by it and the "
-            "model does nothing else with its head's output; 'on': an error where that is not so; 'off': never.",
-            "choices": list(FUSED_HEAD),
-        },
+    rdrop_fused_head: str = _argument(
+        "auto",
+        "Language-model heads (translation, causal, masked): compute CE, KL and their gradients from the "
+        "hidden states chunk by chunk, so that the logits of the whole vocabulary never exist. The objective is "
+        "the same, in less time and memory. 'auto': where the vocabulary is large enough to gain by it and the "
+        "model does nothing else with its head's output; 'on': an error where that is not so; 'off': never.",
+        FUSED_HEAD,
     )
-    rdrop_shared_layers: float = field(
-        default=0,
-        metadata={
-            "help": "Economy: the passes share the first k transformer layers, which run once, so that only the "
-            "layers above them see different dropout masks; a step of L layers costs (k + m * (L - k)) / L of a plain "
-            "one. A whole number k >= 1, or a fraction of the layers in (0, 1). Of an encoder-decoder the encoder's "
-            "layers come first. 0 shares nothing: the paper."
-        },
+    rdrop_shared_layers: float = _argument(
+        0,
+        "Economy: the passes share the first k transformer layers, which run once, so that only the "
+        "layers above them see different dropout masks; a step of L layers costs (k + m * (L - k)) / L of a plain "
+        "one. A whole number k >= 1, or a fraction of the layers in (0, 1). Of an encoder-decoder the encoder's "
+        "layers come first. 0 shares nothing: the paper.",
     )
-    rdrop_interval: int = field(
-        default=1,
-        metadata={
-            "help": "Economy: R-Drop at every n-th optimizer step only, n >= 1, plain steps on the plain batch "
-            "between them. 1 is the paper, which found larger intervals faster and less good."
-        },
+    rdrop_interval: int = _argument(
+        1,
+        "Economy: R-Drop at every n-th optimizer step only, n >= 1, plain steps on the plain batch "
+        "between them. 1 is the paper, which found larger intervals faster and less good.",
     )
 
     # Beyond the paper; the defaults are R-Drop as published.
-    rdrop_agreement: str = field(
-        default="symmetric_kl",
-        metadata={
-            "help": "Divergence between the passes, or a weighted sum of several with factors > 0, such as "
-            f"symmetric_kl or 'symmetric_kl + 0.1 * hidden_states'. Terms: {', '.join(TERMS)}. kl_loss in the "
-            "logs is this sum."
-        },
+    rdrop_agreement: str = _argument(
+        "symmetric_kl",
+        "Divergence between the passes, or a weighted sum of several with factors > 0, such as "
+        f"symmetric_kl or 'symmetric_kl + 0.1 * hidden_states'. Terms: {', '.join(TERMS)}. kl_loss in the "
+        "logs is this sum.",
     )
-    rdrop_alpha_schedule: str = field(
-        default="constant",
-        metadata={
-            "help": "Growth of alpha to rdrop_alpha in the first part of training (rdrop_alpha_warmup), with t from 0 "
-            "to 1 in it: 'constant': none, 'linear': t, 'sigmoid': exp(-5 (1 - t)^2).",
-            "choices": list(SCHEDULES),
-        },
+    rdrop_alpha_schedule: str = _argument(
+        "constant",
+        "Growth of alpha to rdrop_alpha in the first part of training (rdrop_alpha_warmup), with t from 0 "
+        "to 1 in it: 'constant': none, 'linear': t, 'sigmoid': exp(-5 (1 - t)^2).",
+        SCHEDULES,
     )
-    rdrop_alpha_warmup: float = field(
-        default=0.1,
-        metadata={
-            "help": "Warm-up of alpha: a fraction of all optimizer steps in (0, 1], or a number of steps above 1. "
-            "Used by the schedules linear and sigmoid."
-        },
+    rdrop_alpha_warmup: float = _argument(
+        0.1,
+        "Warm-up of alpha: a fraction of all optimizer steps in (0, 1], or a number of steps above 1. "
+        "Used by the schedules linear and sigmoid.",
     )
-    rdrop_unlabeled: bool = field(
-        default=False,
-        metadata={
-            "help": "Compare the passes on rows whose labels are all -100 too (semi-supervised R-Drop): the "
-            "divergence is then a mean over the items of all rows, and CE one over the labelled items."
-        },
+    rdrop_unlabeled: bool = _argument(
+        False,
+        "Compare the passes on rows whose labels are all -100 too (semi-supervised R-Drop): the "
+        "divergence is then a mean over the items of all rows, and CE one over the labelled items.",
     )
-    rdrop_layer_drop: float = field(
-        default=0.0,
-        metadata={
-            "help": "Probability that a row skips a hidden layer, 0 <= p < 1: sub-models by whole layers. Needs no "
-            "dropout."
-        },
+    rdrop_layer_drop: float = _argument(
+        0.0,
+        "Probability that a row skips a hidden layer, 0 <= p < 1: sub-models by whole layers. Needs no dropout.",
     )
-    rdrop_insert_dropout: float = field(
-        default=0.0,
-        metadata={
-            "help": "Dropout of this rate, 0 <= p < 1, on the outputs of the attention and MLP blocks, for models "
-            "that come without any (Llama, Qwen, ModernBERT). Only while training: the saved model is a stock model."
-        },
+    rdrop_insert_dropout: float = _argument(
+        0.0,
+        "Dropout of this rate, 0 <= p < 1, on the outputs of the attention and MLP blocks, for models "
+        "that come without any (Llama, Qwen, ModernBERT). Only while training: the saved model is a stock model.",
     )
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:

@@ -14,7 +14,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 from transformers.modelcard import TrainingSummary
 
 from ..files import write_atomically
-from ..training.run import RunFacts
+from ..training.settings import RunFacts
 from ..version import __version__
 from .evidence import read_comparison, read_consistency
 from .facts import CLASSIFIERS, HeadFacts, hyperparameters, rdrop_part, trained_head, versions

@@ -14,7 +14,7 @@ from transformers.models.auto import modeling_auto
 from ..dropout import inspect_dropout
 from ..objective.heads import predicts_next_token
 from ..training.loss_log import INERT_SHARE
-from ..training.run import RunFacts
+from ..training.settings import RunFacts
 from ..version import __version__
 from .markdown import inline, number, public
 from .objective import objective_facts

@@ -2,17 +2,3 @@
 
 from .model_shape import LayerStack, ModelShape, decoder_shape, describe_model
 from .predict import MACHINES, Machine, Step, StepCost, peak_memory, predict_cost, step_flops
-
-__all__ = [
-    "MACHINES",
-    "LayerStack",
-    "Machine",
-    "ModelShape",
-    "Step",
-    "StepCost",
-    "decoder_shape",
-    "describe_model",
-    "peak_memory",
-    "predict_cost",
-    "step_flops",
-]

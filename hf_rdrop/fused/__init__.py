@@ -5,5 +5,3 @@ head.
 """
 
 from .linear import linear_rdrop_loss
-
-__all__ = ["linear_rdrop_loss"]

@@ -74,8 +74,7 @@ class Objective:
         """Compute CE and divergence of `passes` passes, in one forward over the repeated batch.
 
         Raises:
-            ValueError: when there is nothing to compare in what the model returns, or when the loss treats it in
-                another way.
+            ValueError: when there is nothing to compare in what the model returns, or the loss treats it otherwise.
         """
         repeated = self.layout.repeat(inputs, passes)
         if self.with_hidden:
@@ -141,11 +140,7 @@ class Objective:
 
 
 def _own_comparison(given: Any, rows: int, passes: int) -> tuple[Tensor, Head]:
-    """Read what a user's `logits_for_agreement` returned for `rows` rows of `passes` passes.
-
-    Raises:
-        ValueError: when it is not what it has to be.
-    """
+    """Read what a user's `logits_for_agreement` returned for `rows` rows of `passes` passes, or raise a ValueError."""
     parts = given if isinstance(given, tuple) else (given,)
     logits, mask, problem_type = (*parts, None, None, None)[:3]
     problem_type = "single_label_classification" if problem_type is None else problem_type
@@ -179,14 +174,8 @@ def _shown(value: Any) -> str:
 
 
 def _hidden_states(outputs: Any, inputs: Mapping[str, Any], rows: int) -> list[tuple[list[Tensor], Tensor | None]]:
-    """Find the outputs of all layers of each part of a model (encoder, decoder).
-
-    Returns:
-        `[rows, T, D]` of each layer, and the mask `[B, T]` of what is no padding.
-
-    Raises:
-        ValueError: when the model returns none.
-    """
+    """Find the outputs `[rows, T, D]` of all layers of each part of a model (encoder, decoder), and the part's mask
+    `[B, T]` of what is no padding; raise a ValueError when the model returns none."""
     parts = {
         "hidden_states": "attention_mask",
         "encoder_hidden_states": "attention_mask",

@@ -1,4 +1,4 @@
-"""The loss of the Trainer class under R-Drop's: calling it, and checking that R-Drop can be built on it."""
+"""Call the loss of the Trainer class under R-Drop's, and check that R-Drop can be built on it."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -66,11 +66,7 @@ class ParentLoss:
 
 @contextmanager
 def _recorded_outputs(model: nn.Module | None) -> Iterator[list[Any]]:
-    """Collect what the model's calls return, for a `compute_loss` that keeps its outputs to itself.
-
-    Args:
-        model: the model as training calls it, None to collect nothing.
-    """
+    """Collect what the model's calls return (nothing without a model), for a loss that keeps its outputs to itself."""
     outputs: list[Any] = []
     with ExitStack() as stack:
         if model is not None:
@@ -80,11 +76,7 @@ def _recorded_outputs(model: nn.Module | None) -> Iterator[list[Any]]:
 
 
 def check_gradient(loss: Tensor, logits: Tensor, name: str | None) -> None:
-    """Check that a loss that is trained is trained through these logits.
-
-    Raises:
-        ValueError: when it is not.
-    """
+    """Raise a ValueError for a trained loss that is not trained through these logits."""
     if loss.requires_grad and not logits.requires_grad and name == "logits_for_agreement":
         raise ValueError(
             "The scores that logits_for_agreement returns carry no gradient (detached, copied, computed under "
@@ -101,7 +93,7 @@ def check_gradient(loss: Tensor, logits: Tensor, name: str | None) -> None:
 
 
 def check_comparison(config: Any, head: Head, logits: Tensor, labels: Tensor, passes: int, loss: Tensor) -> None:
-    """Check that scores are compared in the way that the loss treats them; it waits for the device.
+    """Raise a ValueError for scores that the loss treats in another way than they are compared; waits for the device.
 
     Real numbers, or one score per row, are a regression to some models and binary classes to others. Where no
     `problem_type` says which, only the loss can tell.
@@ -109,13 +101,8 @@ def check_comparison(config: Any, head: Head, logits: Tensor, labels: Tensor, pa
     Args:
         config: the model's configuration, or None.
         head: how the passes would be compared.
-        logits: `[m * B, ...]`.
-        labels: `[B, ...]`.
-        passes: m.
+        logits, labels: `[m * B, ...]` and `[B, ...]`, of m `passes`.
         loss: the parent's loss of these logits.
-
-    Raises:
-        ValueError: when the loss, or a label, is that of the other kind.
     """
     if getattr(config, "problem_type", None) is not None or head.problem_type == "single_label_classification":
         return

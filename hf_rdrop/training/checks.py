@@ -1,4 +1,7 @@
-"""Set-ups that cannot work are refused before the first step: what is wrong, why it matters, what to change."""
+"""Refuse set-ups that cannot work before the first step: what is wrong, why it matters, what to change.
+
+Every check raises a ValueError (`check_bases` a TypeError).
+"""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -21,11 +24,7 @@ PACKED_INPUTS = frozenset(
 
 
 def check_bases(cls: type, mixin: type) -> None:
-    """Check that a class derived from the mixin changes a `Trainer`, and comes before it.
-
-    Raises:
-        TypeError: when it does not.
-    """
+    """Raise a TypeError for a class derived from the mixin that changes no `Trainer`, or comes after it."""
     order = cls.__mro__
     if Trainer not in order and any("train" in vars(base) for base in order if base not in mixin.__mro__):
         raise TypeError(
@@ -40,11 +39,7 @@ def check_bases(cls: type, mixin: type) -> None:
 
 
 def check_parallelism(alpha: float, args: TrainingArguments, accelerator: Any) -> None:
-    """Check alpha and how the training is spread over devices.
-
-    Raises:
-        ValueError: when losses could not be averaged rightly, or the passes not be told apart.
-    """
+    """Refuse an alpha out of range, and devices over which losses cannot be averaged or passes not be told apart."""
     check_alpha(alpha)  # once more: a hyper-parameter search sets it on the arguments
     check_processes(args)
     if args.n_gpu > 1:
@@ -63,11 +58,7 @@ def check_parallelism(alpha: float, args: TrainingArguments, accelerator: Any) -
 
 
 def check_processes(args: TrainingArguments) -> None:
-    """Check that several processes were started if several were asked for, and know of each other.
-
-    Raises:
-        ValueError: when each would train alone, or one does in place of all.
-    """
+    """Refuse several processes that would each train alone, and one that was started in place of several."""
     if args.world_size > 1:
         return
     started = os.environ.get("WORLD_SIZE", "")
@@ -87,14 +78,11 @@ def check_processes(args: TrainingArguments) -> None:
 
 
 def check_head(model: nn.Module, label_names: Sequence[str]) -> None:
-    """Check that a model is trained on labels whose predictions can be compared.
+    """Refuse a model trained on other labels than those whose predictions can be compared.
 
     Args:
         model: the model itself; a module without a configuration is left to its first batch.
         label_names: the names of its labels, as the Trainer has found them.
-
-    Raises:
-        ValueError: when it is not.
     """
     if label_names and {"labels", "label", *ANSWER}.isdisjoint(label_names) and hasattr(model, "config"):
         raise ValueError(
@@ -105,15 +93,12 @@ def check_head(model: nn.Module, label_names: Sequence[str]) -> None:
 
 
 def check_stochastic(model: nn.Module, with_sub_models: bool = False, with_noise: bool = False) -> None:
-    """Check that something random in the model differs between the passes.
+    """Refuse a model in which nothing random differs between the passes.
 
     Args:
         model: the model itself.
         with_sub_models: whether `SubModels` makes the passes differ.
         with_noise: whether Trainer's NEFTune adds noise to the embeddings.
-
-    Raises:
-        ValueError: when nothing does.
     """
     if with_sub_models or (with_noise and embeds_with_noise(model)):
         return
@@ -128,14 +113,9 @@ def check_stochastic(model: nn.Module, with_sub_models: bool = False, with_noise
 
 
 def check_batch(
-    layout: BatchLayout,
-    inputs: Mapping[str, Any],
-    labels: Tensor | None,
-    *,
-    own_logits: bool = False,
-    label_smoothing: float = 0.0,
+    layout: BatchLayout, inputs: Mapping[str, Any], labels: Tensor | None, *, own_logits: bool, label_smoothing: float
 ) -> None:
-    """Check that a training batch can be repeated and compared. Looks at shapes only.
+    """Refuse a training batch that cannot be repeated or compared; looks at shapes only.
 
     Args:
         layout: how batches are read.
@@ -143,9 +123,6 @@ def check_batch(
         labels: its labels; None only with `own_logits`.
         own_logits: whether `logits_for_agreement` says what the passes are compared by.
         label_smoothing: as Trainer's `label_smoothing_factor`.
-
-    Raises:
-        ValueError: when it cannot.
     """
     if labels is None and not own_logits:
         raise ValueError(
@@ -174,14 +151,8 @@ def check_batch(
 
 
 def check_loss_of_labelled_rows(reader: str | None) -> None:
-    """Check that nobody else computes the loss where `rdrop_unlabeled` leaves rows out of a loss of real numbers.
-
-    Args:
-        reader: name of the user code that reads the model's outputs; None when nobody does.
-
-    Raises:
-        ValueError: when somebody does.
-    """
+    """Refuse user code (`reader`, by name) that computes a loss of real numbers of which `rdrop_unlabeled` leaves
+    rows out."""
     if reader is not None:
         raise ValueError(
             "rdrop_unlabeled with real-valued labels (regression or multi-label) computes the loss of the labelled "
@@ -190,11 +161,7 @@ def check_loss_of_labelled_rows(reader: str | None) -> None:
 
 
 def check_was_called(trainer_class: type, log: LossLog) -> None:
-    """Check after a forward and backward pass, and before the optimizer's step, that R-Drop's loss took part.
-
-    Raises:
-        ValueError: when a subclass's `compute_loss` has replaced it.
-    """
+    """Refuse, before the optimizer's step, a subclass whose `compute_loss` has replaced R-Drop's."""
     if log.is_empty:
         raise ValueError(
             f"{trainer_class.__name__} trains without R-Drop: a `compute_loss` of its own does not call "

@@ -1,9 +1,9 @@
-"""What the first batch of a training run shows: whether labels and shared layers are right, and what a step costs."""
+"""Look at the first batch of a training run: are its labels right, and what will a step cost."""
 
 import logging
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,11 +13,7 @@ from transformers import TrainingArguments
 from ..cost.model_shape import describe_model
 from ..cost.predict import predict_cost
 from ..fused.head import find_head
-from ..objective.batch_layout import BatchLayout
-from ..objective.heads import find_logits
-from ..trunk.check import check_shared_trunk
-from ..trunk.shared import SharedTrunk
-from .settings import Settings
+from .settings import RunFacts
 
 logger = logging.getLogger(__name__)
 
@@ -26,17 +22,10 @@ _CLASSIFIER = re.compile(r"For(Sequence|Token|Image|Video|Audio)Classification$"
 
 
 def check_labels_of_head(model: nn.Module, labels: Tensor) -> None:
-    """Check that class labels are classes of the model's head; it waits for the device, so it is for a first batch.
+    """Refuse a label that is neither a class of the model's head nor -100; it waits for the device.
 
     (Out of range, the loss fails with an index error from its depths, or on a GPU with an assertion that ends the
     process's use of it. Heads whose number of classes is not known are left alone.)
-
-    Args:
-        model: the model itself.
-        labels: the labels of a batch.
-
-    Raises:
-        ValueError: when a label is neither a class nor -100.
     """
     config, head = getattr(model, "config", None), find_head(model)
     if isinstance(head, nn.Linear):
@@ -60,61 +49,9 @@ def check_labels_of_head(model: nn.Module, labels: Tensor) -> None:
         )
 
 
-def try_trunk(
-    trunk: SharedTrunk,
-    model: nn.Module,
-    inputs: Mapping[str, Any],
-    passes: int,
-    layout: BatchLayout,
-    logits_for_agreement: Callable[[Any, Mapping[str, Any]], Any] | None,
-) -> None:
-    """Check that the model computes the same with its first layers shared; see `check_shared_trunk`.
-
-    Args:
-        trunk: the trunk of the model.
-        model: the model as training calls it.
-        inputs: the batch, not repeated.
-        passes: number of passes m.
-        layout: how batches are read.
-        logits_for_agreement: as for `RDropMixin`; None for the model's own logits.
-
-    Raises:
-        ValueError: when it does not, or when the passes would be identical.
-    """
-
-    def own_logits(outputs: Any, rows: int, plain: Mapping[str, Any]) -> Tensor:
-        given = logits_for_agreement(outputs, plain)  # type: ignore[misc]
-        return given[0] if isinstance(given, tuple) else given  # of (scores, mask, ...)
-
-    check_shared_trunk(
-        trunk,
-        model,
-        layout.repeat(inputs, passes),
-        passes,
-        batch_size=layout.size(inputs),
-        logits_of=find_logits if logits_for_agreement is None else own_logits,
-    )
-
-
-def describe_cost(
-    model: nn.Module,
-    inputs: Mapping[str, Any],
-    settings: Settings,
-    args: TrainingArguments,
-    *,
-    shared_layers: int,
-    fused_head: bool,
-) -> str:
-    """Say in a sentence what the cost model predicts for a step.
-
-    Args:
-        model: the model itself.
-        inputs: the batch, not repeated.
-        settings: R-Drop's.
-        args: of the training.
-        shared_layers: number of layers that the passes share.
-        fused_head: whether the loss is computed in place of the head.
-    """
+def describe_cost(facts: RunFacts, inputs: Mapping[str, Any], args: TrainingArguments) -> str:
+    """Say in a sentence what the cost model predicts for a step on this batch (not repeated)."""
+    model, settings = facts.model, facts.settings
     try:
         shape = describe_model(model, inputs, itemsize=2 if args.bf16 or args.fp16 else None)
     except Exception as error:  # a model of an unforeseen kind must train all the same
@@ -125,9 +62,9 @@ def describe_cost(
     cost = predict_cost(
         shape,
         passes=settings.passes,
-        shared_layers=shared_layers,
+        shared_layers=facts.shared_layers,
         interval=settings.interval,
-        fused_head=fused_head,
+        fused_head=facts.fused_head,
         gradient_checkpointing=any(getattr(m, "gradient_checkpointing", False) for m in model.modules()),
         gradient_accumulation_steps=args.gradient_accumulation_steps,
     )

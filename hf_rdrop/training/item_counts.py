@@ -1,4 +1,4 @@
-"""How many items of a batch count, and what its mean weighs in the mean over the whole optimizer step."""
+"""Count the items of a batch, and weigh its means in those of the whole optimizer step."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

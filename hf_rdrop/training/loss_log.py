@@ -44,11 +44,11 @@ class LossLog:
         return self._sums is None
 
     def add(self, step: int, parts: Tensor, compares: bool, skip_nan: bool) -> None:
-        """Add one batch.
+        """Add one batch of the optimizer step after `step` steps.
 
         Args:
             step: optimizer steps done so far.
-            parts: `[loss, ce, kl]` of the batch, each times its weight in the mean over the optimizer step.
+            parts: `[loss, ce, kl]`, each times its weight in the mean over the optimizer step.
             compares: whether the batch had a divergence term.
             skip_nan: count the average so far instead of a nan or inf, as the Trainer does for `loss`.
         """
@@ -101,13 +101,7 @@ def log_fields(means: tuple[float, float, float], settings: Settings, alpha: flo
 
 
 def warn_of_inert(share: float, alpha: float, model: nn.Module) -> None:
-    """Say that the divergence term does nothing, and which knob to turn.
-
-    Args:
-        share: alpha/2 * KL over CE.
-        alpha: weight of the divergence.
-        model: the model itself, whose dropout rates are named.
-    """
+    """Say that the divergence term does nothing (`share` is alpha/2 * KL over CE), and which knob to turn."""
     rates = sorted({source.rate for source in inspect_dropout(model) if source.rate > 0})
     logger.warning(
         f"R-Drop: over the first {INERT_STEPS} steps alpha/2 * KL was {share:.2%} of the cross-entropy, under "

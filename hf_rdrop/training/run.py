@@ -1,9 +1,8 @@
 """One training run with R-Drop: what its settings put on the model, and the loss of its batches."""
 
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,36 +11,16 @@ from transformers import TrainingArguments
 from ..fused.head import FusedHead, choose_fused_head
 from ..objective.batch_layout import BatchLayout
 from ..objective.batch_loss import BatchLoss, Objective
+from ..objective.heads import find_logits
 from ..objective.parent_loss import ParentLoss
 from ..sub_models import SubModels
 from ..training_args import REMOVED, check_removed
+from ..trunk.check import check_shared_trunk
 from ..trunk.shared import SharedTrunk
 from .checks import check_batch, check_head, check_loss_of_labelled_rows, check_parallelism, check_stochastic
-from .first_batch import check_labels_of_head, describe_cost, show, try_trunk
+from .first_batch import check_labels_of_head, describe_cost, show
 from .item_counts import ItemCounts
-from .settings import Settings, StepPlan
-
-logger = logging.getLogger(__name__)
-
-
-class RunFacts(NamedTuple):
-    """What was in force in a training run.
-
-    Args:
-        model: the model, without wrappers and adapters.
-        settings: R-Drop's arguments.
-        own_logits: whether `logits_for_agreement` said what the passes are compared by.
-        shared_layers: number of layers that the passes shared; 0 for none.
-        num_layers: number of layers of the stack that they belong to; 0 where nothing was shared.
-        fused_head: whether the loss was computed in place of the head.
-    """
-
-    model: nn.Module
-    settings: Settings
-    own_logits: bool
-    shared_layers: int
-    num_layers: int
-    fused_head: bool
+from .settings import RunFacts, Settings, StepPlan
 
 
 class TrainingRun:
@@ -61,12 +40,8 @@ class TrainingRun:
         settings: R-Drop's arguments, as they were when they were last read.
         items: counts what a mean is over.
         trunk: the shared lower layers, None when nothing is shared.
-        fused_head: the head that computes the loss itself, None when the full logits are used; known after the first
-            batch.
+        fused_head: computes the loss itself from the first batch on; None when the full logits are used.
     """
-
-    settings: Settings
-    objective: Objective
 
     def __init__(
         self,
@@ -92,8 +67,8 @@ class TrainingRun:
 
     def read(self, settings: Settings) -> None:
         """Take over settings that may have changed between steps; the trunk and the fused head stay as they are."""
-        self.settings, own = settings, self.logits_for_agreement
-        self.items.unlabeled = settings.unlabeled
+        self.settings, self.items.unlabeled = settings, settings.unlabeled
+        own = self.logits_for_agreement
         self.objective = Objective(settings.agreement, settings.unlabeled, self.layout, self.parent_loss, own)
 
     # ---- From the first step to the last ----
@@ -116,11 +91,7 @@ class TrainingRun:
 
     @contextmanager
     def sub_models(self) -> Iterator[SubModels | None]:
-        """Put the sources of sub-models on the model for a moment; None when the settings ask for none.
-
-        Raises:
-            ValueError: when the model has no place for one.
-        """
+        """Put the sources of sub-models on the model for a moment; None when the settings ask for none."""
         found = self._new_sub_models()
         try:
             yield found
@@ -196,9 +167,9 @@ class TrainingRun:
     # ---- The first batch ----
 
     def _new_sub_models(self) -> SubModels | None:
-        s = self.settings
-        wanted = {"layer_drop": s.layer_drop, "insert_dropout": s.insert_dropout}
-        return SubModels(self.model, **wanted) if any(wanted.values()) else None
+        layer_drop, inserted = self.settings.layer_drop, self.settings.insert_dropout
+        asked = layer_drop or inserted
+        return SubModels(self.model, layer_drop=layer_drop, insert_dropout=inserted) if asked else None
 
     def _prepare(self) -> None:
         self._prepared = True
@@ -207,11 +178,10 @@ class TrainingRun:
             self.trunk = SharedTrunk(self.model, shared, non_batch_inputs=stay)
 
     def try_out(self, model: nn.Module, inputs: dict[str, Any], labels: Tensor | None) -> None:
-        """Check on the first batch that labels are right and that every economy does what it should.
+        """Check on the first batch that labels are classes, and that shared layers and fused head do what they should.
 
         Raises:
-            ValueError: when a label is no class of the model, or when the model does not work with its layers shared
-                or with the fused head asked for.
+            ValueError: when a label is no class, or the model does not work with what the settings ask for.
         """
         if not self._prepared:
             self._prepare()
@@ -220,7 +190,9 @@ class TrainingRun:
             check_labels_of_head(self.model, labels)
         model = getattr(model, "_orig_mod", model)  # nothing is compiled for the sake of a check
         if self.trunk is not None:
-            try_trunk(self.trunk, model, inputs, self.settings.passes, self.layout, self.logits_for_agreement)
+            passes, size = self.settings.passes, self.layout.size(inputs)
+            repeated = self.layout.repeat(inputs, passes)
+            check_shared_trunk(self.trunk, model, repeated, passes, batch_size=size, logits_of=self._compared_logits)
         self.fused_head = choose_fused_head(
             self.settings.fused_head,
             self.model,
@@ -232,7 +204,10 @@ class TrainingRun:
         )
         torch.clear_autocast_cache()  # torch before 2.8 would train on with the casts of the checks, without gradient
         if self.shows:
-            shared = self.trunk.shared_layers if self.trunk is not None else 0
-            fused = self.fused_head is not None
-            told = describe_cost(self.model, inputs, self.settings, self.args, shared_layers=shared, fused_head=fused)
-            show(told, self.args)
+            show(describe_cost(self.facts(), inputs, self.args), self.args)
+
+    def _compared_logits(self, outputs: Any, rows: int, inputs: Mapping[str, Any]) -> Tensor:
+        if self.logits_for_agreement is None:
+            return find_logits(outputs, rows, inputs)
+        given = self.logits_for_agreement(outputs, inputs)
+        return given[0] if isinstance(given, tuple) else given  # of (scores, mask, ...)

@@ -1,20 +1,16 @@
-"""R-Drop's arguments as typed values, and what they ask of one optimizer step."""
+"""R-Drop's arguments as typed values, what they ask of one optimizer step, and what was in force in a run."""
 
 import dataclasses
 import math
 from typing import Any, NamedTuple
 
+from torch import nn
+
 from ..training_args import RDropArguments
 
 
 class StepPlan(NamedTuple):
-    """What one optimizer step does.
-
-    Args:
-        alpha: weight of the divergence, >= 0.
-        compares: whether the step has a divergence term.
-        passes: how often its batches are repeated, >= 1.
-    """
+    """One optimizer step: alpha, whether there is a divergence term, and how often its batches are repeated."""
 
     alpha: float
     compares: bool
@@ -44,25 +40,14 @@ class Settings:
         return cls(*(getattr(args, name, default) for name, default in _DEFAULTS))
 
     def plan(self, step: int, max_steps: int) -> StepPlan:
-        """Plan an optimizer step.
-
-        Args:
-            step: optimizer steps done so far.
-            max_steps: of the whole training; 0 when there is none.
-        """
+        """Plan the optimizer step after `step` steps of `max_steps` (0 outside a training)."""
         compares = bool(self.alpha) and step % self.interval == 0
         return StepPlan(self.alpha_at(step, max_steps), compares, self.passes if compares else 1)
 
     def alpha_at(self, step: int, max_steps: int) -> float:
-        """Give alpha at an optimizer step.
+        """Give alpha at an optimizer step: ``alpha * t`` (linear) or ``alpha * exp(-5 (1 - t)^2)`` (sigmoid).
 
-        Args:
-            step: optimizer steps done so far.
-            max_steps: of the whole training; 0 when there is none, and alpha is the final one.
-
-        Returns:
-            ``alpha * t`` or ``alpha * exp(-5 (1 - t)^2)`` with ``t = min(1, (step + 1) / warmup)``, so above 0 from
-            the first step on.
+        ``t = min(1, (step + 1) / warmup)`` is above 0 from the first step on. Without `max_steps` alpha is the last.
 
         Source: the sigmoid-shaped one is that of Laine & Aila 2017 (arXiv 1610.02242).
         """
@@ -72,10 +57,25 @@ class Settings:
         t = min(1.0, (step + 1) / max(steps, 1.0))
         return self.alpha * (t if self.alpha_schedule == "linear" else math.exp(-5 * (1 - t) ** 2))
 
-    @property
-    def asks_for_sub_models(self) -> bool:
-        """Whether the model is to have sources of sub-models beside its dropout."""
-        return bool(self.layer_drop or self.insert_dropout)
+
+class RunFacts(NamedTuple):
+    """What was in force in a training run, for its model card and the prediction of its cost.
+
+    Args:
+        model: the model, without wrappers and adapters.
+        settings: R-Drop's arguments.
+        own_logits: whether `logits_for_agreement` said what the passes are compared by.
+        shared_layers: number of layers that the passes shared; 0 for none.
+        num_layers: number of layers of the stack that they belong to; 0 where nothing was shared.
+        fused_head: whether the loss was computed in place of the head.
+    """
+
+    model: nn.Module
+    settings: Settings
+    own_logits: bool
+    shared_layers: int
+    num_layers: int
+    fused_head: bool
 
 
 # Looked up once, because the settings are read anew for every batch.

@@ -13,7 +13,7 @@ from finetuning.results import LAST_RESULT_FILE, read_json, remove_results, writ
 from finetuning.run import RESUME_OPTION
 from hf_rdrop import measure_consistency
 from hf_rdrop.cards.card import check_evidence
-from hf_rdrop.checkpoints import CheckpointError, how_to_go_on, why_not_written
+from hf_rdrop.checkpoints.integrity import CheckpointError, how_to_go_on, why_not_written
 from hf_rdrop.consistency import check_measurable
 from hf_rdrop.sigterm import STATUS, SaveOnSigterm
 
