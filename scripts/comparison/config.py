@@ -62,7 +62,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--demo", action="store_true", help="compare on the embedded demo data (4 minutes on 2 cores)")
-    add("--config", type=Path, help="YAML file with tasks, arms, seeds and tuning (see the README)")
+    add("--config", type=Path, help="YAML file with tasks, arms, seeds and tuning (see scripts/README.md)")
     add("--tasks", nargs="+", metavar="TASK", help="only these tasks of --config")
     add("--script", choices=SCRIPTS, help="training script of a single task")
     add("--metric", help="score to compare, as in the script's eval_results.json, e.g. eval_accuracy")
@@ -204,7 +204,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"--config {path} is no valid YAML ({error}).") from error
     if not isinstance(config, dict) or not config.get("tasks"):
-        raise ValueError(f"--config {path} must hold `tasks:` with a name and arguments for each (see the README).")
+        raise ValueError(
+            f"--config {path} must hold `tasks:` with a name and arguments for each (see scripts/README.md)."
+        )
     _check_keys(path, config, CONFIG_KEYS)
     for name, task in config["tasks"].items():
         if not isinstance(task, dict) or not {"script", "metric", "arguments"} <= task.keys():

@@ -14,7 +14,7 @@ from from_scratch.model import init_model
 
 # Model and training of each demo task: sizes for init_model.py, then the script's own arguments. They were chosen by
 # looking at plain training: long enough that it overfits and its score has stopped rising. (Translation had 20 epochs
-# when R-Drop was first run; the README has both results.) Dropout is the usual 0.1.
+# when R-Drop was first run; model_cards/reference/README.md has both results.) Dropout is the usual 0.1.
 SIZES = ["--hidden_size", "64", "--intermediate_size", "128", "--max_length", "64", "--dropout", "0.1"]
 MODELS = {
     "classification": ["--text_columns", "sentence", "--num_layers", "2", "--vocab_size", "1000"],

@@ -15,7 +15,7 @@ import datasets
 import torch
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
-from hf_rdrop.checkpoints import check_checkpoint, last_finished
+from hf_rdrop.checkpoints import checkpoint_to_resume, last_finished
 from hf_rdrop.sigterm import STATUS
 from hf_rdrop.training_args import check_removed
 
@@ -157,12 +157,5 @@ def find_checkpoint(output_dir: str, resume: str | None, training: bool = True) 
                 f"changed. To train, {go_on}choose another folder (or empty this one yourself)."
             )
         return None
-    if resume.lower() in ("true", "last"):
-        if (last := last_finished(folder)) is None:
-            raise ValueError(
-                f"--resume_from_checkpoint {resume}: {folder} holds no complete checkpoint. Start anew in another "
-                "--output_dir, or name the folder of a checkpoint."
-            )
-        resume = str(last)
-    check_checkpoint(Path(resume), RESUME_OPTION)
-    return resume
+    wanted = True if resume.lower() in ("true", "last") else resume
+    return checkpoint_to_resume(wanted, folder, RESUME_OPTION)
