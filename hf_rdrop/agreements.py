@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .batch import stack_passes
-from .functional import AGREEMENTS, _check_passes, _counted_scores, _masked_mean, squared_agreement
+from .functional import AGREEMENTS, check_passes, counted_scores, masked_mean, squared_agreement
 
 # log p - log q is never this large where neither probability is 0; tanh and exp are at their limits long before.
 _LARGE = 1e3
@@ -38,8 +38,8 @@ def one_sided_kl(logits: Tensor, mask: Tensor | None, problem_type: str) -> Tens
     """
     if _known(problem_type) == "regression":
         scores, mask = _scores(logits, mask, problem_type)
-        return _masked_mean(_mean_over_pairs(scores, lambda a, b: (a.detach() - b).square()), mask)
-    return _masked_mean(_mean_over_pairs(_log_probabilities(logits, mask, problem_type), _one_sided_kl), mask)
+        return masked_mean(_mean_over_pairs(scores, lambda a, b: (a.detach() - b).square()), mask)
+    return masked_mean(_mean_over_pairs(_log_probabilities(logits, mask, problem_type), _one_sided_kl), mask)
 
 
 def jensen_shannon(logits: Tensor, mask: Tensor | None, problem_type: str) -> Tensor:
@@ -53,7 +53,7 @@ def jensen_shannon(logits: Tensor, mask: Tensor | None, problem_type: str) -> Te
         ValueError: for regression, whose predictions are no distribution.
     """
     _refuse_regression("jensen_shannon", problem_type)
-    return _masked_mean(_mean_over_pairs(_log_probabilities(logits, mask, problem_type), _jensen_shannon), mask)
+    return masked_mean(_mean_over_pairs(_log_probabilities(logits, mask, problem_type), _jensen_shannon), mask)
 
 
 def squared_logits(logits: Tensor, mask: Tensor | None, problem_type: str) -> Tensor:
@@ -66,7 +66,7 @@ def squared_logits(logits: Tensor, mask: Tensor | None, problem_type: str) -> Te
     over the classes too.
     """
     scores, mask = _scores(logits, mask, _known(problem_type))
-    return _masked_mean(_mean_over_pairs(scores, lambda a, b: (a - b).masked_fill(a == b, 0).square()), mask)
+    return masked_mean(_mean_over_pairs(scores, lambda a, b: (a - b).masked_fill(a == b, 0).square()), mask)
 
 
 def squared_probabilities(logits: Tensor, mask: Tensor | None, problem_type: str) -> Tensor:
@@ -83,9 +83,9 @@ def squared_probabilities(logits: Tensor, mask: Tensor | None, problem_type: str
     _refuse_regression("squared_probabilities", problem_type)
     if problem_type == "multi_label_classification":
         scores, mask = _scores(logits, mask, problem_type)
-        return _masked_mean(_mean_over_pairs(scores.sigmoid(), lambda p, q: (p - q).square()), mask)
+        return masked_mean(_mean_over_pairs(scores.sigmoid(), lambda p, q: (p - q).square()), mask)
     probabilities = _log_probabilities(logits, mask, problem_type).exp()
-    return _masked_mean(_mean_over_pairs(probabilities, lambda p, q: (p - q).square().sum(-1)), mask)
+    return masked_mean(_mean_over_pairs(probabilities, lambda p, q: (p - q).square().sum(-1)), mask)
 
 
 #: Agreements of the outputs by name: functions of `(logits, mask, problem_type)` with logits `[m, ..., C]` of m >= 2
@@ -202,7 +202,7 @@ def _refuse_regression(name: str, problem_type: str) -> None:
 
 def _scores(logits: Tensor, mask: Tensor | None, problem_type: str) -> tuple[Tensor, Tensor | None]:
     """The scores to compute with, 0 where they do not count, and the mask of each of them."""
-    _check_passes(logits)
+    check_passes(logits)
     if mask is not None and problem_type == "single_label_classification":
         if mask.shape != logits.shape[1:-1]:
             raise ValueError(
@@ -210,7 +210,7 @@ def _scores(logits: Tensor, mask: Tensor | None, problem_type: str) -> tuple[Ten
                 "one mask value per item is needed. For causal language models shift the mask with the labels."
             )
         mask = mask[..., None].expand(logits.shape[1:])
-    return _counted_scores(logits, mask), mask
+    return counted_scores(logits, mask), mask
 
 
 def _log_probabilities(logits: Tensor, mask: Tensor | None, problem_type: str) -> Tensor:

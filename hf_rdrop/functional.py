@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 # Elements of one [m, rows, C] block of `_SoftmaxAgreement`: small enough that its float32 temporaries (8 MiB each)
 # never matter beside the logits, large enough that launching the operations on a block costs nothing.
-_BLOCK_ELEMENTS = 2**21
+BLOCK_ELEMENTS = 2**21
 
 
 def symmetric_kl(logits_a: Tensor, logits_b: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -64,7 +64,7 @@ def softmax_agreement(logits: Tensor, mask: Tensor | None = None) -> Tensor:
     Raises:
         ValueError: if the shapes do not fit or m < 2.
     """
-    _check_passes(logits)
+    check_passes(logits)
     items = logits.shape[1:-1]
     if mask is not None and mask.shape != items:
         raise ValueError(
@@ -98,7 +98,7 @@ class _SoftmaxAgreement(torch.autograd.Function):
             # Gradients of a mean over many tokens fall below float16's range before the loss scaler sees them.
             grad = torch.empty_like(logits, dtype=torch.float32 if logits.dtype == torch.float16 else logits.dtype)
         value = weight.new_zeros(())
-        step = max(1, _BLOCK_ELEMENTS // (passes * max(classes, 1)))
+        step = max(1, BLOCK_ELEMENTS // (passes * max(classes, 1)))
         for start in range(0, rows, step):
             block = slice(start, start + step)
             log_p = torch.log_softmax(logits[:, block], dim=-1, dtype=dtype)
@@ -139,12 +139,12 @@ def bernoulli_agreement(logits: Tensor, mask: Tensor | None = None) -> Tensor:
     Raises:
         ValueError: if the shapes do not fit or m < 2.
     """
-    _check_passes(logits)
-    logits = _counted_scores(logits, mask)
+    check_passes(logits)
+    logits = counted_scores(logits, mask)
     p = logits.sigmoid()
     same = (logits == logits[0]).all(0)  # also where all passes hold the same infinity, whose difference is nan
     difference = torch.where(same, 0, logits - logits.mean(0))
-    return _masked_mean(((p - p.mean(0)) * difference).sum(0) / (len(logits) - 1), mask)
+    return masked_mean(((p - p.mean(0)) * difference).sum(0) / (len(logits) - 1), mask)
 
 
 def squared_agreement(logits: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -160,9 +160,9 @@ def squared_agreement(logits: Tensor, mask: Tensor | None = None) -> Tensor:
     Raises:
         ValueError: if the shapes do not fit or m < 2.
     """
-    _check_passes(logits)
-    logits = _counted_scores(logits, mask)
-    return _masked_mean(2 * (logits - logits.mean(0)).square().sum(0) / (len(logits) - 1), mask)
+    check_passes(logits)
+    logits = counted_scores(logits, mask)
+    return masked_mean(2 * (logits - logits.mean(0)).square().sum(0) / (len(logits) - 1), mask)
 
 
 #: Agreement by Transformers' `problem_type`; tags and tokens are single-label classes with a mask.
@@ -173,7 +173,7 @@ AGREEMENTS: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = {
 }
 
 
-def _check_passes(logits: Tensor) -> None:
+def check_passes(logits: Tensor) -> None:
     if logits.dim() < 2 or len(logits) < 2:
         raise ValueError(
             f"Agreement needs the logits of at least two passes stacked along the first dimension, got shape "
@@ -186,7 +186,7 @@ def compute_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def _counted_scores(logits: Tensor, mask: Tensor | None) -> Tensor:
+def counted_scores(logits: Tensor, mask: Tensor | None) -> Tensor:
     """The scores in the precision to compute in, with 0 for those that do not count: they may hold inf or nan, which
     a product with 0 would not keep out of the gradient."""
     logits = logits.to(compute_dtype(logits))
@@ -200,6 +200,6 @@ def _counted_scores(logits: Tensor, mask: Tensor | None) -> Tensor:
     return logits.masked_fill(~mask.to(device=logits.device, dtype=torch.bool), 0)
 
 
-def _masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
+def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
     count = values.numel() if mask is None else mask.to(device=values.device, dtype=torch.bool).sum().clamp(min=1)
     return values.sum() / (count or 1)

@@ -10,7 +10,7 @@ import torch
 from torch import distributed
 from transformers import TrainerCallback
 
-from .checkpoints import OPTION
+from .checkpoints.integrity import OPTION
 
 logger = logging.getLogger(__name__)
 STATUS = 128 + signal.SIGTERM  # as of a process that the signal itself has ended

@@ -1,26 +1,26 @@
 """R-Drop for any Hugging Face `Trainer`, through `compute_loss`."""
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 
-from .batch import NON_BATCH_INPUTS, get_batch_size, repeat_batch
-from .checks import check_bases, check_batch, check_training_setup
-from .dropout import draw_own_masks
-from .economies import Economies
-from .heads import without_answers
-from .hub import CleanPushMixin
-from .loss_log import LossLog
-from .model_card import write_card
-from .objective import BatchLoss, Objective
-from .parent_loss import check_was_called
-from .resuming import ResumeMixin, set_epoch
-from .step_logs import StepLogMixin
+from .batch import NON_BATCH_INPUTS
+from .cards.card import write_card
+from .checkpoints.resuming import ResumeMixin, set_epoch
+from .dropout import draw_own_masks, set_dropout
+from .hub.push import CleanPushMixin
+from .objective.batch_layout import BatchLayout
+from .objective.heads import without_answers
+from .objective.parent_loss import ParentLoss
 from .sub_models import SubModels
+from .training.checks import check_bases, check_was_called
+from .training.loss_log import LossLog, log_fields, warn_of_inert
+from .training.run import TrainingRun
+from .training.settings import Settings
 
 if TYPE_CHECKING:
     _AnyTrainer = Trainer
@@ -28,7 +28,7 @@ else:
     _AnyTrainer = object  # the mixin calls what every Trainer has, but derives from none
 
 
-class RDropMixin(CleanPushMixin, ResumeMixin, StepLogMixin, _AnyTrainer):
+class RDropMixin(CleanPushMixin, ResumeMixin, _AnyTrainer):
     """Makes the objective of the `Trainer` class it is mixed in before R-Drop's: ``class T(RDropMixin, MyTrainer)``.
 
     In training, each batch is repeated (`[x; x]`, one forward, two dropout masks) and
@@ -45,8 +45,8 @@ class RDropMixin(CleanPushMixin, ResumeMixin, StepLogMixin, _AnyTrainer):
     and also for the many heads that ignore `num_items_in_batch`.
 
     Every training log line gains `ce_loss` and `kl_loss` with ``loss = ce_loss + rdrop_alpha / 2 * kl_loss``, and
-    `kl_share`, the agreement's part of the loss, (alpha / 2 * KL) / CE. `kl_loss` is 0 when alpha is, and at the plain
-    steps of an interval.
+    `kl_share`, the divergence's part of the loss, (alpha / 2 * KL) / CE. `kl_loss` is averaged over all steps; plain
+    steps count as 0.
 
     Args:
         logits_for_agreement: what the passes are compared by, for a model whose outputs are not those of a supported
@@ -63,13 +63,7 @@ class RDropMixin(CleanPushMixin, ResumeMixin, StepLogMixin, _AnyTrainer):
             Accumulated batches count by their labels: by `labels`, else the first of `label_names` that is in the
             batch, and with none of them all alike.
 
-    Further arguments (of the `args` given to the Trainer; their defaults hold for a plain `TrainingArguments`):
-        rdrop_alpha: weight of the agreement, >= 0.
-        rdrop_passes: number of passes m, >= 2.
-        rdrop_dropout: when given, `set_dropout(model, rdrop_dropout)` is applied to the model.
-        rdrop_fused_head: `"auto"`, `"on"` or `"off"`: the loss of a language model in place of its head.
-        rdrop_shared_layers: number, or fraction, of the lower layers that the passes share; 0 for none.
-        rdrop_interval: R-Drop at every n-th optimizer step, n >= 1.
+    The `rdrop_*` arguments are those of `RDropArguments`; a plain `TrainingArguments` means their defaults.
 
     Raises:
         ValueError: before the first step, when the set-up cannot work (nothing stochastic in the model, unsupported
@@ -89,8 +83,9 @@ class RDropMixin(CleanPushMixin, ResumeMixin, StepLogMixin, _AnyTrainer):
     """
 
     non_batch_inputs: frozenset[str] = NON_BATCH_INPUTS
-    _sub_models: SubModels | None
     compute_loss_func: Callable[..., Tensor] | None
+    _run: TrainingRun | None = None  # read it through `rdrop_run`, which keeps it up to date
+    _unwrapped: tuple[Any, nn.Module] | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -108,77 +103,12 @@ class RDropMixin(CleanPushMixin, ResumeMixin, StepLogMixin, _AnyTrainer):
         # as scaled whenever it has counted: `compute_loss` does the division.
         self.model_accepts_loss_kwargs, self.loss_is_scaled_for_ga = True, None
         self._log = LossLog()
-        self._economies: Economies | None = None
-        self._installed, self._sub_models = ExitStack(), None  # a `SubModels` while training with one
-        self._apply_dropout(self.model)
+        self._set_dropout()
         if self.compute_loss_func is not None:
             self.compute_loss_func = self._as_mean(self.compute_loss_func)
         self.add_callback(_RDropCallback(self))
 
-    # ---- Set-up ----
-
-    def _as_mean(self, loss_func: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """Give a user's loss function the count of the labels it sees: a mean, whether it divides by it or not."""
-
-        def mean_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-            return loss_func(outputs, labels, num_items_in_batch=self._count_items({"labels": labels}))
-
-        return mean_loss
-
-    @property
-    def needs_outputs(self) -> str | None:
-        """What of R-Drop's own needs the model's outputs, so that no fused head can take their place."""
-        if self.logits_for_agreement is not None:
-            return "logits_for_agreement gets the model's outputs"
-        if (agreement := self.rdrop_argument("agreement")) != "symmetric_kl":
-            return f"rdrop_agreement={agreement} needs the logits"
-        if self.rdrop_argument("unlabeled"):
-            return "rdrop_unlabeled needs the logits"
-        return self.user_of_outputs
-
-    @property
-    def user_of_outputs(self) -> str | None:
-        """Whose code is handed the model's outputs in training, logits included, if anybody's beside Trainer's."""
-        if self.compute_loss_func is not None:
-            return "compute_loss_func gets the model's outputs"
-        return f"{self._parent_loss} gets the model's outputs" if self._parent_loss else None
-
-    @property
-    def _parent_loss(self) -> str | None:
-        """The parent's `compute_loss` by name, if it is not Trainer's."""
-        parent: Any = super().compute_loss
-        return None if parent.__func__ is Trainer.compute_loss else parent.__func__.__qualname__
-
-    def _begin_training(self) -> None:
-        """Refuse what cannot work, with a reason, before the first step; forget an interrupted run."""
-        self._apply_dropout(self.model)  # a new one when there is a `model_init`
-        self._log = self._restore_log()
-        if self._economies is not None:
-            self._economies.remove()
-        self._end_training()
-        check_training_setup(self)
-        self._sub_models = self._installed.enter_context(self.sub_models())
-        self._economies = Economies(self)
-        # (Processes that share a batch, in tensor parallelism, must draw the same.)
-        tensor_parallel = getattr(getattr(self.accelerator, "parallelism_config", None), "tp_size", 1)
-        draw_own_masks(self.accelerator.process_index // tensor_parallel, self.args.device)
-
-    def _end_training(self) -> None:
-        """Take off the model what `sub_models` put on it."""
-        self._installed.close()
-        self._sub_models = None
-
     # ---- The objective ----
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        try:
-            loss = super().training_step(*args, **kwargs)
-        finally:
-            for part in (self._economies, self._sub_models):
-                if part is not None:
-                    part.stop()
-        check_was_called(type(self), self._log)
-        return loss
 
     def compute_loss(
         self,
@@ -187,79 +117,180 @@ class RDropMixin(CleanPushMixin, ResumeMixin, StepLogMixin, _AnyTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """R-Drop's loss in training, the plain mean loss of one pass in evaluation. See `RDropMixin`."""
-        inputs = without_answers(inputs, self.base_model)
+        """Compute R-Drop's loss in training, the plain mean loss of one pass in evaluation. See `RDropMixin`."""
+        run, state = self.rdrop_run, self.state
+        inputs = without_answers(inputs, run.model)
         if not model.training:
             # A copy, because the Trainer pops the labels off the dict when it smooths them.
             found: Any = super().compute_loss(model, dict(inputs), return_outputs, num_items_in_batch=None)
             loss, outputs = found if return_outputs else (found, None)
-            if (count := self._count_items(inputs)) is not None:
+            if (count := run.items.labelled(inputs)) is not None:
                 loss = torch.where(count > 0, loss, 0)  # as in training: not nan for rows without a valid item
             return (loss, outputs) if return_outputs else loss
 
-        found = self._batch_loss(super().compute_loss, model, inputs, return_outputs)
-        ce, kl, alpha = found.ce, found.agreement, self._alpha
-        count = self._count_items(inputs)
-        if count is not None and found.fused is None:
+        plan = run.settings.plan(state.global_step, state.max_steps)
+        terms = run.loss(model, inputs, plan, return_outputs)
+        ce, kl, count = terms.ce, terms.divergence, run.items.labelled(inputs)
+        if count is not None and terms.fused is None:
             ce = torch.where(count > 0, ce, 0)  # the mean over no item is 0 and not nan
-        share = kl_share = self._step_share(count, num_items_in_batch)
-        if self.rdrop_argument("unlabeled") and num_items_in_batch is not None:
-            kl_share = self._step_share(self._count_compared(inputs), self._compared_in_step)
-        # Without a count, `training_step` divides by the accumulation steps.
-        is_scaled = num_items_in_batch is not None or self.compute_loss_func is not None
-        weights = (share, kl_share) if is_scaled else (1, 1)
-        loss = ce * weights[0] + alpha / 2 * kl * weights[1] if found.fused is None else found.fused * weights[0]
 
-        ce, kl = ce.detach() * share, kl.detach() * kl_share
-        parts = torch.stack((ce + alpha / 2 * kl, ce, kl))
-        self._log.add(self.state.global_step, parts, self._compares, self.args.logging_nan_inf_filter)
-        return (loss, found.outputs) if return_outputs else loss
+        # Accumulation. Both terms are means over this batch, and the optimizer step's are means over all its items, so
+        # each batch counts by its items, here and nowhere else: the parent was not told of the step's count. With
+        # `average_tokens_across_devices` that count is of all ranks, whose gradients are then averaged: times ranks.
+        ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        accumulated = getattr(self, "current_gradient_accumulation_steps", 1)
+        weights = run.items.shares(inputs, count, num_items_in_batch, ranks, accumulated)
+        # Without a count, the Trainer's `training_step` divides by the accumulation steps itself.
+        divided = num_items_in_batch is not None or self.compute_loss_func is not None
+        w = weights if divided else (1, 1)
+        loss = ce * w[0] + plan.alpha / 2 * kl * w[1] if terms.fused is None else terms.fused * w[0]
 
-    def _batch_loss(
-        self, parent_loss: Callable[..., Any], model: nn.Module, inputs: dict[str, Any], return_outputs: bool
-    ) -> BatchLoss:
-        """CE and agreement of a training batch."""
-        passes, objective = self._passes, Objective(self, parent_loss)
-        if self._sub_models is not None:
-            self._sub_models.start(passes)
-        if not self.rdrop_argument("alpha"):
-            return objective.plain(model, inputs, self.find_labels(inputs))
-        labels = check_batch(self, inputs)
-        economies = self._economies = self._economies or Economies(self)
-        if not economies.tried_out:
-            economies.try_out(model, inputs, labels)
-        economies.start(passes)
-        if economies.fused_head is not None and not return_outputs:
-            has_target = self._compares and self.rdrop_argument("deterministic_target")
-            loss, ce, kl = economies.fused_head.loss(
-                model,
-                inputs,
-                self.repeat,
-                passes=passes,
-                shift_labels=self.shifts_labels,
-                alpha=self._alpha,
-                label_smoothing=self.args.label_smoothing_factor,
-                fixed_pass=self._fixed_pass if has_target else None,
-            )
-            return BatchLoss(ce, kl, None, loss)
-        if not self._compares:
-            return objective.plain(model, inputs, labels)
-        return objective.compared(model, inputs, labels, passes)
+        ce, kl = ce.detach() * weights[0], kl.detach() * weights[1]
+        parts = torch.stack((ce + plan.alpha / 2 * kl, ce, kl))
+        self._log.add(state.global_step, parts, plan.compares, self.args.logging_nan_inf_filter)
+        return (loss, terms.outputs) if return_outputs else loss
 
-    def _batch_size(self, inputs: Mapping[str, Any]) -> int:
-        return get_batch_size(inputs, (*self.label_names, "input_ids"))
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        try:
+            loss = super().training_step(*args, **kwargs)
+        finally:
+            if self._run is not None:
+                self._run.stop()
+        check_was_called(type(self), self._log)
+        return loss
 
-    def repeat(self, inputs: Mapping[str, Any], passes: int) -> dict[str, Any]:
-        """The batch for a forward of all passes; extend `non_batch_inputs` for what must not be repeated."""
-        size = self._batch_size(inputs)
-        return repeat_batch(inputs, passes, batch_size=size, non_batch_inputs=self.non_batch_inputs)
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
+        """Count the valid items of one optimizer step, on all ranks when `average_tokens_across_devices`.
 
-    # ---- Model card ----
+        (In place of the base class's count, which does not know what each head's own loss averages over.)
+        """
+        across = self.args.average_tokens_across_devices and self.args.world_size > 1
+        return self.rdrop_run.items.of_step(batch_samples, device, self.accelerator.gather if across else None)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        plan = self.rdrop_run.settings.plan(self.state.global_step, self.state.max_steps)
+        return super().floating_point_ops(inputs) * plan.passes
+
+    # ---- The run ----
+
+    @property
+    def rdrop_run(self) -> TrainingRun:
+        """R-Drop's part of this training: its settings, and what is on the model.
+
+        Made when training begins, or for a `compute_loss` outside it. An argument that a callback changes counts from
+        the next batch on.
+        """
+        settings = Settings.of(self.args)
+        if self._run is None or self._run.model is not self.base_model:
+            self._run = self._new_run()
+        if self._run.settings != settings:
+            self._run.read(settings)
+        return self._run
+
+    def _new_run(self) -> TrainingRun:
+        return TrainingRun(
+            self.base_model,
+            self.args,
+            BatchLayout.of(self.base_model, self.label_names, self.non_batch_inputs),
+            ParentLoss(super().compute_loss, self._parent_name, self.user_of_outputs),
+            logits_for_agreement=self.logits_for_agreement,
+            needs_outputs=self.needs_outputs,
+            label_smoothing=0.0 if self.label_smoother is None else self.args.label_smoothing_factor,
+            shows=self.is_world_process_zero(),
+        )
+
+    @property
+    def base_model(self) -> nn.Module:
+        """The model without wrappers and adapters; looked for once, because unwrapping walks through all modules."""
+        if self._unwrapped is None or self._unwrapped[0] is not self.model:
+            model = self.accelerator.unwrap_model(self.model)
+            self._unwrapped = self.model, model.get_base_model() if hasattr(model, "get_base_model") else model
+        return self._unwrapped[1]
+
+    @property
+    def needs_outputs(self) -> str | None:
+        """Who of R-Drop's own needs the model's outputs, so that no fused head can take their place."""
+        settings = Settings.of(self.args)
+        if self.logits_for_agreement is not None:
+            return "logits_for_agreement gets the model's outputs"
+        if settings.agreement != "symmetric_kl":
+            return f"rdrop_agreement={settings.agreement} needs the logits"
+        if settings.unlabeled:
+            return "rdrop_unlabeled needs the logits"
+        return self.user_of_outputs
+
+    @property
+    def user_of_outputs(self) -> str | None:
+        """Name of the user code that reads the model's outputs in training, or None."""
+        if self.compute_loss_func is not None:
+            return "compute_loss_func gets the model's outputs"
+        return f"{self._parent_name} gets the model's outputs" if self._parent_name else None
+
+    @property
+    def _parent_name(self) -> str | None:
+        """The parent's `compute_loss` by name, if it is not Trainer's."""
+        parent: Any = super().compute_loss
+        return None if parent.__func__ is Trainer.compute_loss else parent.__func__.__qualname__
+
+    def _as_mean(self, loss_func: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Give a user's loss function the count of the labels it sees: a mean, whether it divides by it or not."""
+
+        def mean_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+            return loss_func(outputs, labels, num_items_in_batch=self.rdrop_run.items.labelled({"labels": labels}))
+
+        return mean_loss
+
+    @contextmanager
+    def sub_models(self) -> Iterator[SubModels | None]:
+        """Put the sources of sub-models that the arguments ask for on the model for a moment; None without any."""
+        with self.rdrop_run.sub_models() as sources:
+            yield sources
+
+    # ---- From the first step to the last ----
+
+    def _set_dropout(self) -> None:
+        if (p := Settings.of(self.args).dropout) is not None:
+            set_dropout(self.model, p)  # type: ignore[arg-type]
+
+    def check_setup(self) -> None:
+        """Raise a ValueError where training with R-Drop would fail, be wrong or do nothing, as `train` does."""
+        self._new_run().check_setup(self.accelerator)
+
+    def _begin_training(self) -> None:
+        """Check the set-up, forget an interrupted run, and put on the model what training needs."""
+        self._set_dropout()  # a new one when there is a `model_init`
+        self._log = LossLog(self.state.global_step, self.restore_sums(), self.args.device)
+        self.keep(self._log)
+        if self._run is not None:
+            self._run.remove()
+        self._run = self._new_run()
+        self._run.check_setup(self.accelerator)
+        self._run.begin()
+        # (Processes that share a batch, in tensor parallelism, must draw the same.)
+        tensor_parallel = getattr(getattr(self.accelerator, "parallelism_config", None), "tp_size", 1)
+        draw_own_masks(self.accelerator.process_index // tensor_parallel, self.args.device)
+
+    def _end_step(self) -> None:
+        """Say once, after the first hundred steps, when the divergence does nothing."""
+        settings = self.rdrop_run.settings
+        alpha = settings.alpha if settings.alpha_schedule == "constant" else 0
+        share = self._log.inert_share(self.state.global_step, alpha)
+        if share is not None and self.is_world_process_zero():
+            warn_of_inert(share, alpha, self.base_model)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As the base class's; a training line gains `ce_loss`, `kl_loss`, `kl_share` (see `log_fields`)."""
+        state = self.state
+        if "loss" in logs and (means := self._log.means(state.global_step, self.accelerator.gather)) is not None:
+            settings = self.rdrop_run.settings
+            logs.update(log_fields(means, settings, settings.alpha_at(state.global_step, state.max_steps)))
+        super().log(logs, *args, **kwargs)
 
     def create_model_card(self, *args: Any, comparison: Any = None, consistency: Any = None, **kwargs: Any) -> None:
-        """As the base class's, with R-Drop's evidence on the card; see `hf_rdrop.model_card.write_card`."""
+        """As the base class's, with R-Drop's evidence on the card; see `hf_rdrop.cards.card.write_card`."""
         if self.is_world_process_zero():
-            write_card(self, super().create_model_card, args, kwargs, comparison=comparison, consistency=consistency)
+            base_card, facts = super().create_model_card, self.rdrop_run.facts()
+            write_card(self, base_card, args, kwargs, facts, comparison=comparison, consistency=consistency)
 
 
 class _RDropCallback(TrainerCallback):
@@ -275,10 +306,10 @@ class _RDropCallback(TrainerCallback):
         set_epoch(kwargs["train_dataloader"], int(state.epoch or 0))
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.trainer._warn_if_inert()
+        self.trainer._end_step()
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        self.trainer._end_training()
+        self.trainer.rdrop_run.end()
 
 
 class RDropTrainer(RDropMixin, Trainer):

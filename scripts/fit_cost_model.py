@@ -19,7 +19,7 @@ from benchmarking.report import time_ratio
 from benchmarking.steps import HEADS, PLAIN, Sizes, cost_settings, make_batch
 from finetuning.run import cli
 from hf_rdrop.cost import MACHINES, Machine, predict_cost
-from hf_rdrop.model_shape import ModelShape, describe_model
+from hf_rdrop.cost.model_shape import ModelShape, describe_model
 
 NOISE = 0.05  # what a measured ratio is usually off by: errors beyond it count less and less
 START = 1.0  # how firmly constants that the measurements say little about keep their value

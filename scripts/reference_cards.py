@@ -21,8 +21,8 @@ from comparison.file import not_one, read_comparison
 from comparison.history import as_lines
 from finetuning.results import write_file
 from finetuning.run import cli, closest
-from hf_rdrop.card_evidence import read_consistency
-from hf_rdrop.card_text import render
+from hf_rdrop.cards.evidence import read_consistency
+from hf_rdrop.cards.markdown import render
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

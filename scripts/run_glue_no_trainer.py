@@ -33,7 +33,7 @@ from finetuning.run import RESUME_OPTION, cli, find_checkpoint, parse_arguments
 from hf_rdrop import RDropArguments, RDropLoss, set_dropout
 from hf_rdrop.batch import repeat_batch, split_passes
 from hf_rdrop.checkpoints import saving
-from hf_rdrop.checks import check_stochastic
+from hf_rdrop.training.checks import check_stochastic
 from tasks.classification import flip_labels, predict_labels, read_targets
 from tasks.glue import GlueArguments, build_metric, choose_labels, choose_text_columns, load_data, tokenize
 

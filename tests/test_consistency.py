@@ -17,8 +17,8 @@ from transformers import BertForMaskedLM, GPT2Config, GPT2LMHeadModel, set_seed
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_rdrop import measure_consistency
-from hf_rdrop.heads import Head
-from hf_rdrop.pass_sums import PassSums
+from hf_rdrop.consistency.pass_sums import PassSums
+from hf_rdrop.objective.heads import Head
 from support.reference import naive_bernoulli_kl, naive_cross_entropy, naive_softmax, naive_symmetric_kl, pairs
 from support.training import HEADS, VOCAB, make_collator, make_model, make_rows
 

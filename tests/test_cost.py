@@ -24,7 +24,7 @@ from benchmarking.steps import FUSED, PLAIN, RDROP, Sizes, make_batch, step_arms
 from fit_cost_model import Measured, errors, fit
 from hf_rdrop.batch import repeat_batch
 from hf_rdrop.cost import Machine, Step, peak_memory, predict_cost, step_flops
-from hf_rdrop.model_shape import decoder_shape, describe_model
+from hf_rdrop.cost.model_shape import decoder_shape, describe_model
 from hf_rdrop.trunk import SharedTrunk
 
 WIDTH, VOCAB, BATCH, LENGTH = 32, 1000, 3, 16

@@ -115,7 +115,7 @@ def test_shared_layers_see_each_row_once(accumulation, checkpointing):
 def test_evaluation_and_prediction_share_nothing():
     trainer = train(make_model("single", 0.2), rdrop_shared_layers=1, eval_strategy="steps", eval_steps=1, max_steps=2)
     alone = trainer.predict(trainer.eval_dataset)
-    trainer._economies.remove()
+    trainer.rdrop_run.remove()
     assert (alone.predictions == trainer.predict(trainer.eval_dataset).predictions).all()
     assert alone.predictions.shape == (11, 3)
 
@@ -153,7 +153,7 @@ def test_everything_together_in_translation():
         rdrop_interval=2,
     )
     losses = [entry["ce_loss"] for entry in step_logs(trainer)]
-    assert trainer._economies.fused_head is not None and trainer._economies.trunk is not None
+    assert trainer.rdrop_run.fused_head is not None and trainer.rdrop_run.trunk is not None
     assert losses[-1] < 0.8 * losses[0]
     assert [entry["kl_loss"] > 0 for entry in step_logs(trainer)] == [True, False] * 20
 
@@ -176,7 +176,7 @@ def test_what_cannot_work_is_refused_before_the_first_step(args, dropout, messag
 
 def test_no_economy_with_alpha_zero():
     trainer = train(make_model("single"), rdrop_alpha=0.0, rdrop_shared_layers=1, rdrop_interval=2)
-    assert trainer._economies.trunk is None
+    assert trainer.rdrop_run.trunk is None
 
 
 def test_restarting_leaves_no_hook_behind():

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarking.measure import peak_bytes
-from hf_rdrop import RDropLoss, fused_blocks
+from hf_rdrop import RDropLoss
 from hf_rdrop.functional import softmax_agreement
+from hf_rdrop.fused import blocks as fused_blocks
 from hf_rdrop.fused import linear_rdrop_loss
 from support.reference import torch_reference
 
@@ -65,25 +66,6 @@ def test_value_and_gradients_are_the_reference(passes, smoothing, chunk_bytes):
     found = values_and_gradients(hidden, weight, bias, labels, **args)
     values, grads = reference(hidden, weight, bias, labels, 3.0, smoothing, passes)
     for a, b in zip(found, (*values, *grads), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
-
-
-@pytest.mark.parametrize("chunk_bytes", [None, 1, 400])
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_agreement_with_a_fixed_pass(smoothing, chunk_bytes):
-    """Its predictions are constants, and its CE does not count."""
-    both, weight, bias, labels = make_case(2)
-    fixed, hidden = both.detach().chunk(2)
-    hidden.requires_grad_()
-    args = {"alpha": 3.0, "label_smoothing": smoothing, "passes": 1, "chunk_bytes": chunk_bytes}
-    found = values_and_gradients(hidden, weight, bias, labels, fixed=fixed, **args)
-    leaves = copies(hidden, weight, bias)
-    logits, constants = F.linear(*leaves), F.linear(fixed, weight, bias).detach()
-    ce = torch_reference(torch.stack((logits, logits)), labels, 0.0, smoothing=smoothing)[1]
-    kl = torch_reference(torch.stack((constants, logits)), labels, 3.0)[2]
-    grads = torch.autograd.grad(ce + 1.5 * kl, leaves)
-    assert kl > 0.1
-    for a, b in zip(found, (ce + 1.5 * kl, ce, kl, *grads), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
@@ -236,24 +218,19 @@ def test_backward_twice_with_a_kept_graph():
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("name", ["plain_block", "fixed_block"])
-def test_compiled_blocks_give_the_same(name, smoothing):
+def test_a_compiled_block_gives_the_same(smoothing):
     """What accelerators run: compiled, whole chunks, ignored items masked and not taken out."""
     hidden, weight, bias, labels = make_case(2, 24, 8, 130, torch.float32)
-    valid, block = labels != -100, getattr(fused_blocks, name)
-    outcomes = []
-    for function in (block, fused_blocks.compiled(block)):
+    valid, outcomes = labels != -100, []
+    for function in (fused_blocks.block_to_gradient, fused_blocks.compiled_block()):
         logits = F.linear(hidden, weight, bias).detach().view(2, 24, -1).clone()
         logits[:, ~valid] = torch.nan  # nothing of an ignored item may count
         outcomes.append((function(logits, labels, valid, 1.5, smoothing, 1.0), logits))
-    learning = hidden if name == "plain_block" else hidden[24:].repeat(2, 1)
-    ce = reference(learning, weight, bias, labels, 0.0, smoothing)[0][1].item() * (2 if name == "plain_block" else 1)
-    kl = reference(hidden, weight, bias, labels, 3.0, smoothing)[0][2].item()
-    gradients = [gradient[name == "fixed_block" :] for _, gradient in outcomes]
-    for (sums, _), gradient in zip(outcomes, gradients, strict=True):
-        assert (sums / valid.sum()).tolist() == pytest.approx([ce, kl], rel=1e-5)
+    _, ce, kl = (value.item() for value in reference(hidden, weight, bias, labels, 3.0, smoothing)[0])
+    for sums, gradient in outcomes:
+        assert (sums / valid.sum()).tolist() == pytest.approx([2 * ce, kl], rel=1e-5)
         assert gradient[:, ~valid].abs().max() == 0
-        torch.testing.assert_close(gradient, gradients[0])
+        torch.testing.assert_close(gradient, outcomes[0][1])
 
 
 def test_where_compiling_fails_the_plain_operations_go_on(monkeypatch, caplog):
@@ -261,13 +238,13 @@ def test_where_compiling_fails_the_plain_operations_go_on(monkeypatch, caplog):
         raise RuntimeError("no Triton here")
 
     monkeypatch.setattr(fused_blocks, "_can_compile", True)
-    monkeypatch.setattr(fused_blocks, "compiled", lambda block: broken)
+    monkeypatch.setattr(fused_blocks, "compiled_block", lambda: broken)
     hidden, weight, bias, labels = make_case(ignored=0)
     logits = F.linear(hidden, weight, bias).detach().view(2, 7, -1)
     rest = (labels, None, 0.5, 0.0, 1.0)
-    expected = fused_blocks.plain_block(logits.clone(), *rest)
+    expected = fused_blocks.block_to_gradient(logits.clone(), *rest)
     for _ in range(2):
-        found = fused_blocks._on_accelerator(fused_blocks.plain_block, logits.clone(), *rest)
+        found = fused_blocks._on_accelerator(logits.clone(), *rest)
         torch.testing.assert_close(found, expected)
     assert caplog.text.count("no Triton here") == 1
 
@@ -282,8 +259,6 @@ def test_where_compiling_fails_the_plain_operations_go_on(monkeypatch, caplog):
         ({"labels": torch.tensor([0, 1, -1, 0, 0, 0, 0])}, r"class indices in \[0, 11\)"),
         ({"weight": torch.zeros(11, 4)}, "do not fit"),
         ({"bias": torch.zeros(3)}, "do not fit"),
-        ({"fixed": torch.zeros(14, 5)}, "fixed has shape .* with passes=2"),
-        ({"passes": 1, "labels": torch.zeros(14).long(), "fixed": torch.zeros(7, 5)}, "over the same rows"),
     ],
 )
 def test_bad_arguments_are_named(change, message):

@@ -152,7 +152,7 @@ def test_every_family_trains_alike(kind, name, smoothing):
             copy.deepcopy(model), kind, rdrop_fused_head=mode, label_smoothing_factor=smoothing, rdrop_passes=2
         )
         outcomes.append(loss_and_gradients(trainer, batch))
-        assert (trainer._economies.fused_head is not None) == (mode == "on")
+        assert (trainer.rdrop_run.fused_head is not None) == (mode == "on")
     plain, fused = outcomes
     assert plain[0] > 0.1
     assert_same(fused, plain)
@@ -174,8 +174,7 @@ def test_the_test_above_can_fail():
         {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 8},
         {"rdrop_passes": 3},
         {"rdrop_interval": 2},
-        {"rdrop_deterministic_target": True, "rdrop_interval": 2, "label_smoothing_factor": 0.1},
-        {"rdrop_deterministic_target": True, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 8},
+        {"rdrop_interval": 2, "label_smoothing_factor": 0.1},
         {"gradient_checkpointing": True},
         {"label_smoothing_factor": 0.1, "per_device_train_batch_size": 6, "gradient_accumulation_steps": 3},
         {"max_grad_norm": 0.1, "average_tokens_across_devices": False},
@@ -274,7 +273,7 @@ def test_what_is_impossible_falls_back_with_the_reason(case, caplog, monkeypatch
     make, reason = REFUSED[case]
     kind = "masked" if case == "head not called" else "causal"
     batch = make_batch(kind)
-    monkeypatch.setattr("hf_rdrop.fused_head.MIN_VOCAB_SIZE", 1)
+    monkeypatch.setattr("hf_rdrop.fused.head.MIN_VOCAB_SIZE", 1)
     torch.manual_seed(0)
     model = make()
     plain = loss_and_gradients(make_trainer(copy.deepcopy(model), kind, rdrop_fused_head="off"), batch)
@@ -289,12 +288,12 @@ def test_what_is_impossible_falls_back_with_the_reason(case, caplog, monkeypatch
 def test_a_loss_in_bfloat16_is_no_loss_of_its_own():
     """Marian averages in the type of its logits; that of a bfloat16 model is off by up to a percent."""
     trainer = train(make_model("seq2seq").bfloat16(), "seq2seq", rdrop_alpha=2.0, rdrop_fused_head="on")
-    assert trainer._economies.fused_head is not None
+    assert trainer.rdrop_run.fused_head is not None
     assert all(0 < entry["kl_loss"] < entry["ce_loss"] for entry in step_logs(trainer))
 
 
 def test_a_model_that_fails_when_tried_out_trains_on_its_logits(caplog, monkeypatch):
-    monkeypatch.setattr("hf_rdrop.fused_head.MIN_VOCAB_SIZE", 1)
+    monkeypatch.setattr("hf_rdrop.fused.head.MIN_VOCAB_SIZE", 1)
     model = make_lm("causal", "llama")
     forward = model.forward
 
@@ -306,7 +305,7 @@ def test_a_model_that_fails_when_tried_out_trains_on_its_logits(caplog, monkeypa
     model.forward = picky
     trainer = make_trainer(model)
     assert loss_and_gradients(trainer, make_batch("causal"))[0] > 0
-    assert trainer._economies.fused_head is None and "IndexError: too few rows" in caplog.text
+    assert trainer.rdrop_run.fused_head is None and "IndexError: too few rows" in caplog.text
 
 
 def test_a_loss_of_ones_own_needs_the_logits():
@@ -323,7 +322,7 @@ def test_a_loss_of_ones_own_needs_the_logits():
 
 @pytest.mark.parametrize("head", ["single", "token"])
 def test_heads_without_a_vocabulary_are_left_alone(head, caplog):
-    assert train(make_model(head), head)._economies.fused_head is None
+    assert train(make_model(head), head).rdrop_run.fused_head is None
     assert "logits" not in caplog.text
     with pytest.raises(ValueError, match="no language-model head"):
         train(make_model(head), head, rdrop_fused_head="on")
@@ -333,14 +332,14 @@ def test_auto_looks_at_the_vocabulary():
     for vocabulary, used in ((40, False), (5000, True)):
         trainer = make_trainer(make_lm("causal", "llama", vocab_size=vocabulary))
         loss_and_gradients(trainer, make_batch("causal"))
-        assert (trainer._economies.fused_head is not None) is used
+        assert (trainer.rdrop_run.fused_head is not None) is used
 
 
 def test_plain_training_is_never_touched():
     """alpha 0 is the plain Trainer bit for bit, whatever the vocabulary."""
     trainer = make_trainer(make_lm("causal", "llama", vocab_size=5000), rdrop_alpha=0.0, rdrop_fused_head="on")
     loss_and_gradients(trainer, make_batch("causal"))
-    assert trainer._economies.fused_head is None
+    assert trainer.rdrop_run.fused_head is None
 
 
 def test_who_asks_for_the_outputs_gets_the_logits():
@@ -361,7 +360,7 @@ def test_evaluation_and_the_model_are_left_as_they_were():
         eval_strategy="steps",
         eval_steps=1,
     )
-    assert trainer._economies.fused_head is not None
+    assert trainer.rdrop_run.fused_head is not None
     plain = train(
         make_model("seq2seq"),
         "seq2seq",
@@ -395,13 +394,12 @@ def test_the_check_draws_no_random_number_and_keeps_training_flags():
     trainer.model.train()
     frozen = trainer.model.model.layers[0].eval()
     before = torch.get_rng_state()
-    trainer._economies.try_out(trainer.model, batch, batch["labels"])
+    trainer.rdrop_run.try_out(trainer.model, batch, batch["labels"])
     assert torch.equal(before, torch.get_rng_state())
-    assert trainer.model.training and not frozen.training and trainer._economies.fused_head is not None
+    assert trainer.model.training and not frozen.training and trainer.rdrop_run.fused_head is not None
 
 
-@pytest.mark.parametrize("args", [{}, {"rdrop_deterministic_target": True}])
-def test_a_compiled_model_is_not_compiled_again_for_every_step(args):
+def test_a_compiled_model_is_not_compiled_again_for_every_step():
     counts = []
     for steps in (2, 6):
         torch._dynamo.reset()
@@ -414,7 +412,6 @@ def test_a_compiled_model_is_not_compiled_again_for_every_step(args):
             max_steps=steps,
             torch_compile=True,
             torch_compile_backend="eager",
-            **args,
         )
         counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert counts[0] == counts[1] > 0

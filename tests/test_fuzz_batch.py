@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from hf_rdrop.batch import first_rows, get_batch_size, map_tensors, repeat_batch, stack_passes
-from hf_rdrop.heads import find_logits, resolve_head, valid_items
+from hf_rdrop.objective.heads import find_logits, resolve_head, valid_items
 from hf_rdrop.trunk import SharedTrunk
 from support.fuzzing import cases, normal, subset
 

@@ -20,7 +20,7 @@ from transformers import (
 
 from hf_rdrop import RDropTrainer, RDropTrainingArguments, measure_consistency
 from hf_rdrop.batch import repeat_batch
-from hf_rdrop.heads import find_labels, find_logits
+from hf_rdrop.objective.heads import find_labels, find_logits
 from support.head_models import ANSWERS, SIZES, TOKENS, build, rates, rows_of
 from support.reference import torch_reference
 from support.training import InOrder, make_model, make_rows, step_logs
@@ -200,21 +200,20 @@ def test_the_fused_head_of_a_masked_language_model(tmp_path):
         fit(build("masked"), tmp_path, rows_of("masked", 32), rdrop_alpha=3.0, rdrop_fused_head=fused)
         for fused in ("on", "off")
     ]
-    assert runs[0]._economies.fused_head is not None and runs[1]._economies.fused_head is None
+    assert runs[0].rdrop_run.fused_head is not None and runs[1].rdrop_run.fused_head is None
     assert figures(runs[0]) == pytest.approx(figures(runs[1]), rel=1e-4)
 
 
 @pytest.mark.parametrize(
     ("head", "variant"),
     [
-        ("question", {"rdrop_deterministic_target": True}),
         ("question", {"rdrop_agreement": "jensen_shannon + 0.1 * hidden_states"}),
         ("question", {"rdrop_unlabeled": True}),
         ("choice", {"rdrop_agreement": "symmetric_kl + 0.1 * hidden_states"}),
-        ("choice", {"rdrop_layer_drop": 0.2, "rdrop_second_dropout": 0.1}),
-        ("masked", {"rdrop_deterministic_target": True, "rdrop_agreement": "one_sided_kl"}),
+        ("choice", {"rdrop_layer_drop": 0.2}),
+        ("masked", {"rdrop_agreement": "one_sided_kl"}),
         ("image", {"rdrop_agreement": "squared_probabilities + 0.1 * hidden_states"}),
-        ("image", {"rdrop_drop_connect": 0.1}),
+        ("image", {"rdrop_layer_drop": 0.2}),
     ],
 )
 def test_variants_train(head, variant, tmp_path):
@@ -491,28 +490,6 @@ def test_the_agreement_is_that_of_what_the_function_returns(hook, names, tmp_pat
     expected.backward()
     for given, p in zip(grads, [p for p in model.parameters() if p.grad is not None], strict=True):
         torch.testing.assert_close(given, p.grad, rtol=1e-3, atol=1e-5)
-
-
-@pytest.mark.parametrize("hook", HOOKS, ids=repr)
-def test_a_fixed_target_with_a_function_of_ones_own(hook, tmp_path):
-    model, calls = Two().train(), []
-
-    def counted(outputs, inputs):
-        calls.append((len(outputs["topics"]), len(inputs["tags"]), outputs["topics"].requires_grad))
-        return hook.function(outputs, inputs)
-
-    args = {"label_names": ["topic", "tags"], "rdrop_deterministic_target": True, "rdrop_alpha": 2.0}
-    trainer = make_trainer(model, tmp_path, hook=counted, **args)
-    batch = default_data_collator(two_rows(6))
-    torch.manual_seed(1)
-    loss = trainer.compute_loss(model, batch)
-    assert calls == [(6, 6, False), (6, 6, True)]
-    torch.manual_seed(1)
-    out = model(**batch)
-    with torch.no_grad():
-        off = model.eval()(**batch)
-    both = {name: torch.cat((off[name], out[name])) for name in ("topics", "tag_scores")}
-    assert loss.item() == pytest.approx((out["loss"] + naive_hook(hook, both, batch)).item(), rel=1e-5)
 
 
 def test_not_called_in_evaluation_and_predictions_have_their_rows(tmp_path):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from hf_rdrop import RDropTrainer
+from hf_rdrop.training.item_counts import ItemCounts
 from support.training import HEADS, make_model, make_rows, step_logs, train
 
 SMOOTHED = [
@@ -125,19 +125,13 @@ def test_order_of_rows_within_a_batch_and_padding_do_not_matter():
     )
 
 
-class Unscaled(RDropTrainer):
-    """What a head that ignores `num_items_in_batch` does to a Trainer that believes it did not."""
-
-    def _step_share(self, count, num_items_in_batch):
-        return 1.0
-
-
-def test_these_tests_can_fail():
+def test_these_tests_can_fail(monkeypatch):
+    """Weigh every batch as the whole step: a head that ignores `num_items_in_batch` does so to Trainer."""
+    monkeypatch.setattr(ItemCounts, "shares", lambda *args, **kwargs: (1.0, 1.0))
     runs = [
         train(
             make_model("token", TINY),
             "token",
-            Unscaled,
             per_device_train_batch_size=size,
             gradient_accumulation_steps=steps,
         )

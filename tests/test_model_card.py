@@ -28,12 +28,12 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from hf_rdrop import Consistency, RDropSeq2SeqTrainer, RDropTrainer
-from hf_rdrop.card_evidence import read_comparison, read_consistency
-from hf_rdrop.card_facts import describe_head, dropout_rates
-from hf_rdrop.card_logs import MAX_ROWS, curves_part, last_evaluation
-from hf_rdrop.card_text import inline, is_hub_id, number, public, table
+from hf_rdrop.cards.card import PLOT
+from hf_rdrop.cards.evidence import read_comparison, read_consistency
+from hf_rdrop.cards.facts import describe_head, dropout_rates
+from hf_rdrop.cards.history import MAX_ROWS, curves_part, last_evaluation
+from hf_rdrop.cards.markdown import inline, is_hub_id, number, public, table
 from hf_rdrop.consistency import Score
-from hf_rdrop.model_card import PLOT
 from support import ROOT
 from support.head_models import build, rows_of
 from support.training import HEADS, make_model, make_rows, train
@@ -47,7 +47,7 @@ DATA = {"dataset_tags": "glue", "dataset": "GLUE MRPC", "dataset_args": "mrpc", 
 def no_pictures(request, monkeypatch):
     """They take most of the time: only for the tests that ask for the fixture `pictures`."""
     if "pictures" not in request.fixturenames:
-        monkeypatch.setattr("hf_rdrop.model_card.plot_curves", lambda *_: False)
+        monkeypatch.setattr("hf_rdrop.cards.card.plot_curves", lambda *_: False)
 
 
 @pytest.fixture
@@ -407,14 +407,18 @@ def test_the_scores_of_the_weights_as_they_are(tmp_path):
     state = trainer.state
     within = [{"step": s, "epoch": s, "eval_accuracy": s / 10, "eval_loss": 1.0} for s in (1, 2, 3)]
     state.log_history = [*within, {"train_runtime": 1.0, "step": 4}]
-    assert last_evaluation(trainer) == {"metrics": {"accuracy": 0.3, "loss": 1.0}, "step": 3, "best": False}
+    assert last_evaluation(trainer.state, trainer.args) == {
+        "metrics": {"accuracy": 0.3, "loss": 1.0},
+        "step": 3,
+        "best": False,
+    }
     assert "at step 3 of 4" in card(trainer)
     trainer.args.load_best_model_at_end, state.best_global_step = True, 2
-    assert last_evaluation(trainer)["metrics"]["accuracy"] == 0.2
+    assert last_evaluation(trainer.state, trainer.args)["metrics"]["accuracy"] == 0.2
     assert "the best checkpoint" in card(trainer)
     # several evaluation sets give several lines; what was measured after training counts most
     state.log_history += [{"step": 4, "eval_a_accuracy": 0.7}, {"step": 4, "eval_b_accuracy": 0.8}]
-    assert last_evaluation(trainer)["metrics"] == {"a_accuracy": 0.7, "b_accuracy": 0.8}
+    assert last_evaluation(trainer.state, trainer.args)["metrics"] == {"a_accuracy": 0.7, "b_accuracy": 0.8}
 
 
 def test_economies_and_an_inert_term_are_told(tmp_path):
@@ -451,20 +455,12 @@ VARIANTS = {
         ["linearly over the first 3 steps"],
     ),
     "sources": (
-        {"rdrop_layer_drop": 0.1, "rdrop_embedding_noise": 1e-5, "rdrop_second_dropout": 0},
-        ["each row skipped each hidden layer with probability 0.1", "deviation 1e-05", "dropout had the rate 0;"],
-    ),
-    "weights": (
-        {"rdrop_drop_connect": 0.3},
-        ["linear maps with probability 0.3", "(CE_1 + CE_2) / 2 + 1 * sKL"],
+        {"rdrop_layer_drop": 0.1},
+        ["each row skipped each hidden layer with probability 0.1", "(CE_1 + CE_2) / 2 + 1 * sKL"],
     ),
     "inserted": (
         {"head": "causal", "rdrop_insert_dropout": 0.2},
         ["dropout of rate 0.2 was put on the outputs of the attention and feed-forward blocks (the saved model has"],
-    ),
-    "target": (
-        {"rdrop_deterministic_target": True},
-        ["one pass with dropout (P_1) beside one without (P_0)", "CE_1 + 1 * sKL(P_0, P_1)", "a fixed target"],
     ),
     "unlabeled": (
         {"rdrop_unlabeled": True},
@@ -482,18 +478,18 @@ def test_variants_are_told(variant, tmp_path):
         assert words in part
     assert ("sKL" in part) == ("A =" not in part)
     assert ("rose to" in part) == ("rdrop_alpha_schedule" in args)
-    assert ("Sources of sub-models" in part) == (variant in ("sources", "weights", "inserted"))
-    assert ("fixed target" in part) == (variant == "target") and ("labelled" in part) == (variant == "unlabeled")
+    assert ("Sources of sub-models" in part) == (variant in ("sources", "inserted"))
+    assert ("labelled" in part) == (variant == "unlabeled")
     column = "disagreement" if "A =" in part else "KL"
     assert f"| CE | {column} | alpha/2 x {column} over CE |" in text
     opening = text.partition("## ")[0]
-    assert ("dropout masks" in opening) == (variant not in ("sources", "weights", "inserted", "target"))
-    assert ("2 passes" in opening) == (variant != "target")
+    assert ("dropout masks" in opening) == (variant not in ("sources", "inserted"))
+    assert "2 passes" in opening
 
 
 def test_the_default_is_told_without_variants(trained):
     part = section(card(trained), "R-Drop")
-    variants = ("A =", "rose to", "Sources", "fixed target", "labelled", "in the end", "logits_for_agreement")
+    variants = ("A =", "rose to", "Sources", "labelled", "in the end", "logits_for_agreement")
     for words in (*variants, "no gradient"):
         assert words not in part
 

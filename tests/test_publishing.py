@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from hf_rdrop import RDropTrainingArguments
-from hf_rdrop.hub import _explained
-from hf_rdrop.publishing import Private
+from hf_rdrop.hub.private import Private
+from hf_rdrop.hub.push import _explained
 
 
 @pytest.fixture

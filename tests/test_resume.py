@@ -23,7 +23,7 @@ from comparison.queue import Run, run_all
 from finetuning.run import cli, find_checkpoint
 from hf_rdrop import RDropTrainer
 from hf_rdrop.checkpoints import CheckpointError, check_checkpoint, find_damage, last_finished, saving
-from hf_rdrop.hub import CleanPushMixin, _remove_stale
+from hf_rdrop.hub.push import CleanPushMixin, _remove_stale
 from support import ROOT, faults
 from support import script_data as made
 from support.faults import finish, plain_run, script_run, start, wait_for

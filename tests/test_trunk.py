@@ -13,7 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from hf_rdrop.batch import repeat_batch
 from hf_rdrop.dropout import inspect_dropout, set_dropout
 from hf_rdrop.trunk import SharedTrunk, find_layer_stacks
-from hf_rdrop.trunk_check import check_shared_trunk
+from hf_rdrop.trunk.check import check_shared_trunk
 
 VOCAB = 40
 BERT_LIKE = {

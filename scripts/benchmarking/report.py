@@ -12,7 +12,7 @@ from benchmarking.loss import CLOSED_FORM, OFFICIAL
 from benchmarking.loss import FUSED as FUSED_LOSS
 from benchmarking.precision import FLOAT32, LOW, OURS
 from benchmarking.steps import DOUBLED, FUSED, PLAIN, RDROP, TRUNK_3_4
-from hf_rdrop.fused_head import MIN_VOCAB_SIZE
+from hf_rdrop.fused.head import MIN_VOCAB_SIZE
 from reporting.markdown import table_lines
 
 Group = Mapping[str, Any]

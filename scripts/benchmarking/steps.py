@@ -27,7 +27,7 @@ from benchmarking.loss import official_kl
 from benchmarking.measure import Arm
 from hf_rdrop import RDropTrainer, RDropTrainingArguments
 from hf_rdrop.cost import predict_cost
-from hf_rdrop.model_shape import describe_model
+from hf_rdrop.cost.model_shape import describe_model
 
 PLAIN, DOUBLED, TWO_FORWARDS, RDROP, FUSED = "plain B", "plain 2B", "two forwards", "r-drop", "r-drop + fused"
 TRUNK_3_4 = "trunk 3L/4"

@@ -5,6 +5,7 @@ import shlex
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from huggingface_hub import ModelCardData
@@ -22,13 +23,15 @@ from comparison.tables import (
 )
 from finetuning.run import option_name
 from hf_rdrop import RDropArguments, __version__
-from hf_rdrop.card_data import HUB_METRICS, TAG
-from hf_rdrop.card_evidence import comparison_part
-from hf_rdrop.card_facts import HeadFacts
-from hf_rdrop.card_logs import curves_part
-from hf_rdrop.card_objective import objective_facts
-from hf_rdrop.card_text import code, inline, link, public
-from hf_rdrop.loss_log import INERT_SHARE
+from hf_rdrop.cards.evidence import comparison_part
+from hf_rdrop.cards.facts import HeadFacts
+from hf_rdrop.cards.history import curves_part
+from hf_rdrop.cards.markdown import code, inline, link, public
+from hf_rdrop.cards.metadata import HUB_METRICS, TAG
+from hf_rdrop.cards.objective import objective_facts
+from hf_rdrop.training.loss_log import INERT_SHARE
+from hf_rdrop.training.settings import Settings
+from hf_rdrop.training_args import REMOVED
 from reporting.markdown import number_cell, plain, table_lines
 
 KINDS = {
@@ -184,20 +187,14 @@ def _limitations(task: Task) -> list[str]:
 
 
 def _rdrop_part(task: Task, history: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    if task.rdrop is None:
+    if task.rdrop is None or REMOVED.keys() & task.options.keys():  # no longer an objective of this library
         return None
-    options, alpha, head = task.options, float(task.options.get("rdrop_alpha", 1)), task.head
-
-    def argument(name: str) -> Any:
-        default, text = getattr(RDropArguments, f"rdrop_{name}"), options.get(f"rdrop_{name}")
-        if text is None or isinstance(default, str):
-            return default if text is None else text
-        return text.lower() not in ("false", "0", "no") if isinstance(default, bool) else float(text)
-
+    options, head = task.options, task.head
+    alpha, settings = float(options.get("rdrop_alpha", 1)), _settings_of(options)
     last = history[-1] if history else {}
     dropout, shared = options.get("rdrop_dropout"), float(options.get("rdrop_shared_layers", 0))
     return {
-        **objective_facts(argument, head.problem == "regression"),
+        **objective_facts(settings, head.problem == "regression"),
         "alpha": f"{alpha:g}",
         "half": f"{alpha / 2:g}",
         "passes": int(options.get("rdrop_passes", 2)),
@@ -212,6 +209,18 @@ def _rdrop_part(task: Task, history: Sequence[Mapping[str, Any]]) -> dict[str, A
         "inert_share": INERT_SHARE,
         "share_step": last.get("step"),
     }
+
+
+def _settings_of(options: Mapping[str, str]) -> Settings:
+    """Read R-Drop's settings off the arguments of a run, which are text."""
+    given = SimpleNamespace()
+    for name, text in options.items():
+        default = getattr(RDropArguments, name, None) if name.startswith("rdrop_") else None
+        if isinstance(default, bool):
+            setattr(given, name, text.lower() not in ("false", "0", "no"))
+        elif name.startswith("rdrop_"):
+            setattr(given, name, text if isinstance(default, str) else float(text))
+    return Settings.of(given)
 
 
 def _mean_history(task: Task) -> list[dict[str, Any]]:
@@ -252,19 +261,24 @@ def _settings(task: Task) -> str:
 
 def _again(task: Task, config: Path | None) -> str:
     """List the commands: the whole comparison where its configuration is known, and a run of each arm."""
-    parts = []
+    options = {arm: options_of(task.run(arm).get("arguments", ())) for arm in task.rows}
+    gone = {arm: names for arm, given in options.items() if (names := [name for name in given if name in REMOVED])}
+    arms, parts = [arm for arm in task.rows if arm not in gone], []
     if config is not None:
         seeds = sorted({seed for row in task.rows.values() for seed in row.scores})
         file = config.name if config.is_absolute() or ".." in config.parts else config.as_posix()
-        words = ["--config", file, "--tasks", task.name, "--arms", *task.rows, "--seeds", *map(str, seeds)]
+        words = ["--config", file, "--tasks", task.name, "--arms", *arms, "--seeds", *map(str, seeds)]
         parts += ["The comparison:", "", *_bash(["compare.py", *words, "--output_dir", "outputs/again"]), ""]
     if task.script and all(run.get("arguments") for run in task.runs):
         parts += ["A run of each arm, with its first seed:", ""]
         commands = []
-        for arm in task.rows:
+        for arm in arms:
             output = f"outputs/{file_name(f'{task.name}-{arm}')}"
             commands.append([task.script, *map(public, task.run(arm)["arguments"]), "--output_dir", output])
         parts += _bash(*commands)
+    if gone and parts:
+        told = [f"{code(arm)} ({', '.join(map(code, names))})" for arm, names in gone.items()]
+        parts += ["", f"Arms with an argument that `hf_rdrop` no longer has cannot be run again: {', '.join(told)}."]
     return "\n".join(parts)
 
 

@@ -1,6 +1,6 @@
 """comparison.json: the one place where it is written, and where the scripts read it.
 
-Its keys are described in hf_rdrop's module of the evidence on model cards, which reads it too.
+Its format is owned by `hf_rdrop.cards.evidence`, which describes the keys and puts a comparison on model cards.
 """
 
 import json
@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finetuning.results import write_file
-
-FORMAT = 1  # raised when a key changes its meaning; files from before it was written are of format 1
+from hf_rdrop.cards.evidence import FORMAT, check_format
 
 
 def write_comparison(path: Path, content: Mapping[str, Any]) -> None:
@@ -27,14 +26,10 @@ def read_comparison(path: Path, option: str) -> dict[str, Any]:
     """
     try:
         found = json.loads(path.read_text("utf-8"))
-        if not isinstance(found.get("format", 1), int):
-            raise ValueError(f"its format is {found['format']!r}, which is no number")
+        found.get("format")
     except (OSError, ValueError, AttributeError) as error:
         raise not_one(path, option, error) from error
-    if (number := found.get("format", 1)) > FORMAT:
-        raise ValueError(
-            f"{option} {path} has format {number}, and this version of the scripts reads up to {FORMAT}: update them."
-        )
+    check_format(found, f"{option} {path}")
     return found
 
 

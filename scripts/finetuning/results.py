@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from hf_rdrop.card_text import write_atomically as write_file
+from hf_rdrop.files import write_atomically as write_file
 
 LOWER_IS_BETTER = re.compile(r"(loss|nll|ece|brier|mse|perplexity)$")  # by the end of a metric's name
 LAST_RESULT_FILE = "all_results.json"  # written after everything else: only a finished run has it

@@ -17,6 +17,7 @@ from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from hf_rdrop.checkpoints import check_checkpoint, last_finished
 from hf_rdrop.sigterm import STATUS
+from hf_rdrop.training_args import check_removed
 
 RESUME_OPTION = "--resume_from_checkpoint {}"
 
@@ -33,7 +34,7 @@ def parse_arguments(classes: Sequence[type], argv: list[str] | None, description
     """Fill the dataclasses from the command line, or from the single .json file that it names.
 
     Raises:
-        ValueError: an argument is unknown, missing, of the wrong type or out of range.
+        ValueError: an argument is unknown, removed, missing, of the wrong type or out of range.
     """
     parser = _Parser(classes, description=(description or "").replace("%", "%%"), allow_abbrev=False)
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -43,6 +44,7 @@ def parse_arguments(classes: Sequence[type], argv: list[str] | None, description
         argv, return_remaining_strings=True, look_for_args_file=False
     )
     if unknown:
+        check_removed(map(option_name, unknown))
         known = [option for action in parser._actions for option in action.option_strings]
         raise ValueError(f"unknown argument {unknown[0]}{closest(unknown[0], known)}. --help lists all arguments.")
     return parsed
@@ -84,6 +86,7 @@ def _json_arguments(parser: HfArgumentParser, file: Path) -> list[str]:
         raise ValueError(f'the argument file {file} must hold one JSON object such as {{"rdrop_alpha": 1.0}}.')
     actions = {action.dest: action for action in parser._actions}
     argv = []
+    check_removed(values)
     for name, value in values.items():
         if name not in actions:
             raise ValueError(f"unknown argument {name!r} in {file}{closest(name, actions)}.")

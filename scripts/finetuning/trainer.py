@@ -12,10 +12,9 @@ from transformers import TrainerCallback, TrainingArguments
 from finetuning.results import LAST_RESULT_FILE, read_json, remove_results, write_file, write_json
 from finetuning.run import RESUME_OPTION
 from hf_rdrop import measure_consistency
-from hf_rdrop.checkpoints import CheckpointError, how_to_go_on, why_not_written
-from hf_rdrop.checks import check_training_setup
+from hf_rdrop.cards.card import check_evidence
+from hf_rdrop.checkpoints.integrity import CheckpointError, how_to_go_on, why_not_written
 from hf_rdrop.consistency import check_measurable
-from hf_rdrop.model_card import check_evidence
 from hf_rdrop.sigterm import STATUS, SaveOnSigterm
 
 try:
@@ -90,10 +89,6 @@ class ScriptMixin:
         except Exception:
             self._leave_nothing_behind(args)
             raise
-
-    def check_setup(self) -> None:
-        """Refuse a training that cannot work."""
-        check_training_setup(self)
 
     def _check_consistency(self) -> None:
         if not self.args.do_eval:

@@ -14,7 +14,7 @@ from reporting.style import Style, panels, save, styles, tidy
 
 CONTROLS = ("baseline", "baseline-2x", "doubled")  # names of models that are drawn in grey
 USUAL_SCORES = ("f1", "accuracy", "pearson")
-Sets = Mapping[str, Mapping[str, Any]]  # by validation set, the fields of `hf_rdrop.consistency.Consistency`
+Sets = Mapping[str, Mapping[str, Any]]  # by validation set, the fields of `hf_rdrop.consistency.measure.Consistency`
 
 
 def choose_score(sets: Sets, wanted: str | None) -> str:

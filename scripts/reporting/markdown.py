@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from hf_rdrop.card_text import NOTHING, table
+from hf_rdrop.cards.markdown import NOTHING, table
 
 __all__ = ["NOTHING", "number_cell", "plain", "table_lines"]
 

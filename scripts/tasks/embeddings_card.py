@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 
 from finetuning.results import write_file
-from hf_rdrop.card_text import inline, is_hub_id, last_part, link, number, public, table
+from hf_rdrop.cards.markdown import inline, is_hub_id, last_part, link, number, public, table
 
 # What the embedding of a sentence is, and the line of code that takes it from hidden states.
 EMBEDDINGS = {

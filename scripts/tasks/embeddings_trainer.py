@@ -11,13 +11,12 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 
 from finetuning.trainer import ScriptMixin
 from hf_rdrop.batch import repeat_batch, split_passes
-from hf_rdrop.checks import check_processes
+from hf_rdrop.checkpoints.resuming import ResumeMixin, set_epoch
 from hf_rdrop.contrastive import POOLINGS, check_temperature, info_nce, pool
 from hf_rdrop.dropout import describe_sources, inspect_dropout, is_stochastic
 from hf_rdrop.hub import CleanPushMixin
-from hf_rdrop.loss_log import LossLog
-from hf_rdrop.places import embeds_with_noise
-from hf_rdrop.resuming import ResumeMixin, set_epoch
+from hf_rdrop.sub_models.places import embeds_with_noise
+from hf_rdrop.training.checks import check_processes
 from tasks.embeddings_card import EmbeddingRun, write_card
 
 HEAD = "contrastive_head"  # the attribute of the model that holds SimCSE's MLP while it is trained
@@ -100,7 +99,6 @@ class ContrastiveTrainer(ScriptMixin, CleanPushMixin, ResumeMixin, Trainer):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.before: dict[str, float] = {}
-        self._log = LossLog()  # of `ResumeMixin`
         self.add_callback(_ContrastiveCallback(self))
 
     def check_setup(self) -> None:
@@ -217,7 +215,7 @@ class _ContrastiveCallback(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.trainer._log = self.trainer._restore_log()
+        self.trainer.restore_sums()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         set_epoch(kwargs["train_dataloader"], int(state.epoch or 0))

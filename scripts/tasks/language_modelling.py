@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from finetuning.data import DataArguments, check_text, load_splits, require_columns
 from finetuning.files import FORMATS, TEXT
-from hf_rdrop.heads import shifted_labels
+from hf_rdrop.objective.heads import shifted_labels
 
 logger = logging.getLogger(f"hf_rdrop.scripts.{__name__}")
 

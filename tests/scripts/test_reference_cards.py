@@ -119,6 +119,21 @@ def test_made_up_comparison(tmp_path):
     assert "a b" in commands(text)[0]
 
 
+@pytest.mark.parametrize("arm", ["rdrop-shared", "rdrop"])
+def test_arms_with_an_argument_that_is_gone_keep_their_figures_but_are_not_run_again(arm, tmp_path):
+    runs = make_runs()
+    for run in runs:
+        gone = ["--rdrop_second_dropout", "0.3"] if run["arm"] == arm else []
+        run["arguments"] = ["--rdrop_alpha", "2", *gone]
+    comparison = write_comparison(tmp_path / "found", runs)
+    text = make(comparison, tmp_path / "cards", "--config", "own.yaml", "--tasks", "ner")["ner"]
+    assert f"| {arm} |" in section(text, "Comparison with plain fine-tuning")
+    again = next(command for command in commands(text) if "compare.py" in command[0])
+    assert "baseline" in again and arm not in again and "second_dropout" not in str(commands(text))
+    assert f"no longer has cannot be run again: `{arm}` (`rdrop_second_dropout`)." in text
+    assert ("## R-Drop\n" in text) == (arm != "rdrop")  # nothing is said of an objective that is gone
+
+
 def test_without_an_rdrop_arm_or_arguments(tmp_path):
     runs = [make_run("ner", "baseline", seed, 0.5 + seed / 10) for seed in range(2)]
     text = make(write_comparison(tmp_path / "found", runs, about={}, choices=[], failed={}), tmp_path / "cards")["ner"]

@@ -19,7 +19,6 @@ PLAIN, R_DROP = {"rdrop_alpha": 0.0}, {"rdrop_alpha": 3.0}
 SHARED = {**R_DROP, "rdrop_shared_layers": 1}
 FUSED = {**R_DROP, "rdrop_fused_head": "on"}
 INTERVAL = {**R_DROP, "rdrop_interval": 2}
-FIXED_TARGET = {**R_DROP, "rdrop_deterministic_target": True}
 JENSEN_SHANNON = {**R_DROP, "rdrop_agreement": "jensen_shannon"}
 UNLABELED = {**R_DROP, "rdrop_unlabeled": True}
 # Thirteen rows for two processes: how the last batches are filled up, and to how many rows.
@@ -38,8 +37,6 @@ PARTS = {
             ("seq2seq", {**FUSED, **SHARED}, ACCUMULATED),
             ("causal", FUSED, ACCUMULATED),
             ("token", JENSEN_SHANNON, ACCUMULATED),
-            ("single", FIXED_TARGET, ACCUMULATED),
-            ("seq2seq", {**FUSED, **FIXED_TARGET}, ACCUMULATED),
             *((head, UNLABELED, ACCUMULATED) for head in ("regression", "token")),
         ],
         "per rank": ["single", "token"],
@@ -105,13 +102,13 @@ def hide_labels(row):
     return {**row, **hidden}
 
 
-def make_passes_differ(model, passes=2):
-    """A mask for each pass of a batch before the head, in place of dropout: fixed, whichever rows are in a batch."""
-    masks = (torch.rand(passes, 16, generator=torch.Generator().manual_seed(3)) > 0.3).float()
+def make_passes_differ(model):
+    """Put a fixed mask for each of two passes before the head, in place of dropout, whichever rows are in a batch."""
+    masks = (torch.rand(2, 16, generator=torch.Generator().manual_seed(3)) > 0.3).float()
 
     def drop(module, args):
         (hidden,) = args
-        kept = masks.to(hidden.dtype).repeat_interleave(len(hidden) // passes, 0)
+        kept = masks.to(hidden.dtype).repeat_interleave(len(hidden) // 2, 0)
         return hidden * (kept[:, None] if hidden.dim() == 3 else kept) if module.training else hidden
 
     heads = ("classifier", "lm_head", "qa_outputs", "cls")
@@ -177,7 +174,7 @@ def run(head, size, steps, model=None, rows=None, ddp_options=(), has_dropout=Fa
         if args.get("rdrop_unlabeled"):  # two in five, wherever they land
             rows = [hide_labels(row) if i % 5 < 2 else row for i, row in enumerate(rows)]
     if args.get("rdrop_alpha") and "rdrop_interval" not in args and not has_dropout:
-        make_passes_differ(model, 1 if args.get("rdrop_deterministic_target") else 2)
+        make_passes_differ(model)
     defaults = {"optim": "sgd", "learning_rate": 1e-2, "max_grad_norm": 100.0}  # the norm is logged, nothing clipped
     originals = {name: recorder.watch(name) for name in COLLECTIVES}
     try:
@@ -199,7 +196,7 @@ def run(head, size, steps, model=None, rows=None, ddp_options=(), has_dropout=Fa
         "seen": trainer.seen,
         "within": recorder.within,
         "between": recorder.between,
-        "fused": trainer._economies.fused_head is not None,
+        "fused": trainer.rdrop_run.fused_head is not None,
     }
 
 

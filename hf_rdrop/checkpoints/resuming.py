@@ -1,0 +1,111 @@
+"""A resumed run is the uninterrupted one: its data order, its logs, and checkpoints that are whole."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch.utils.data import Sampler
+from transformers import Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from .integrity import OPTION, checkpoint_to_resume, saving
+
+if TYPE_CHECKING:
+    _AnyTrainer = Trainer
+else:
+    _AnyTrainer = object  # a mixin, which derives from no Trainer
+
+SUMS = "RDropLossLog"  # where trainer_state.json keeps the sums since the last log line
+
+
+class KeptLog(Protocol):
+    """Sums since the last log line, which a checkpoint keeps."""
+
+    def state(self, gather: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, Any]:
+        """Give the sums, as means over all processes, in a form for JSON."""
+
+
+class EpochSeededSampler(Sampler):
+    """Length grouping in an order that seed and epoch alone decide.
+
+    The Trainer's own draws from the global generator, so the order would depend on how many random numbers dropout
+    used up (on alpha, that is), would differ between ranks, and would change when a run is resumed within an epoch.
+    """
+
+    def __init__(self, grouped: LengthGroupedSampler, seed: int) -> None:
+        self.grouped, self.seed, self.epoch = grouped, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.grouped)
+
+    def __iter__(self) -> Iterator[int]:
+        self.grouped.generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(self.grouped)
+
+
+class ResumeMixin(_AnyTrainer):
+    """Checkpoints of a `Trainer` from which it goes on exactly, also in the middle of an epoch or of a log interval.
+
+    Raises:
+        ValueError: the checkpoint to resume from is damaged; with the newest whole one beside it.
+        CheckpointError: a checkpoint cannot be written (the disk is full); with the last whole one.
+    """
+
+    resume_option = OPTION  # how messages name a checkpoint to go on from
+    _kept: KeptLog | None = None
+
+    def keep(self, log: KeptLog) -> None:
+        """Save `log.state(...)` in every checkpoint from now on; `restore_sums` gives it back."""
+        self._kept = log
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As the base class's; `True` takes the newest checkpoint that was written to its end."""
+        folder = Path(str(self.args.output_dir))
+        resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, folder, self.resume_option)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        seed = self.args.data_seed
+        if isinstance(sampler, LengthGroupedSampler) and sampler.generator is None:
+            return EpochSeededSampler(sampler, self.args.seed if seed is None else seed)
+        return sampler
+
+    def _save_checkpoint(self, model: Any, trial: Any, *args: Any, **kwargs: Any) -> None:
+        gather = self.accelerator.gather
+        kept = {} if self._kept is None else self._kept.state(gather)
+        sums = {**kept, "trainer_loss": gather(self._tr_loss[None]).mean().item()}
+        sums |= {"step": self.state.global_step, "logged": self._globalstep_last_logged}
+        states: Any = self.state.stateful_callbacks
+        states[SUMS] = sums
+        checkpoint = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+        with saving(checkpoint, self.resume_option, writer=self.args.should_save):
+            super()._save_checkpoint(model, trial, *args, **kwargs)
+
+    def restore_sums(self) -> dict[str, Any] | None:
+        """Go on within a log interval: put the Trainer's sums of losses back; when training begins.
+
+        Returns:
+            What the log that was kept had saved; None unless the run resumes from a checkpoint between two log lines.
+        """
+        states: Any = self.state.stateful_callbacks
+        sums = states.get(SUMS)
+        if not sums or sums["step"] != self.state.global_step:
+            return None
+        self._tr_loss += sums["trainer_loss"]
+        self._total_loss_scalar -= sums["trainer_loss"]  # `train_loss` is of the steps of this call
+        self._globalstep_last_logged = sums["logged"]
+        return sums
+
+
+def set_epoch(dataloader: Any, epoch: int) -> None:
+    """Tell the sampler its epoch: when a run resumes within one, accelerate does not hand it through to each kind."""
+    sampler = getattr(dataloader, "batch_sampler", None)
+    while sampler is not None:
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(epoch)
+        sampler = getattr(sampler, "batch_sampler", None) or getattr(sampler, "sampler", None)

@@ -1,0 +1,213 @@
+"""What a head's outputs mean: where its logits are, which items count, and how its passes are compared."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+)
+
+from ..agreements import OUTPUT_AGREEMENTS
+from ..batch import stack_passes
+
+SUPPORTED_HEADS = (
+    "classification of sequences, images and audio (single-label, multi-label, regression), token classification, "
+    "multiple choice, question answering, language modelling (sequence-to-sequence, causal, masked); for any other, "
+    "logits_for_agreement=... says what to compare"
+)
+# The labels of question answering: a head with two distributions over the positions of a row.
+ANSWER = ("start_positions", "end_positions")
+
+
+class Head(NamedTuple):
+    """How the passes of one head are compared: a key of `functional.AGREEMENTS`, and the mask of what counts."""
+
+    problem_type: str
+    mask: Tensor | None
+
+    def divergence(self, logits: Tensor, passes: int, name: str = "symmetric_kl") -> Tensor:
+        """Compute the mean divergence of the passes from the logits `[m * B, ...]` of a repeated batch.
+
+        `name` is one of `OUTPUT_AGREEMENTS`.
+        """
+        return OUTPUT_AGREEMENTS[name](stack_passes(logits, passes), self.mask, self.problem_type)
+
+
+def find_labels(inputs: Mapping[str, Any], names: Iterable[str] = ()) -> Tensor | None:
+    """The labels of a batch: `labels`, or those of question answering as `[B, 2]`, or the first of `names`.
+
+    An answer with a position outside its row, or with one of -100, is -100 twice here.
+    """
+    for name in ("labels", "label"):
+        if isinstance(inputs.get(name), Tensor):
+            return inputs[name]
+    if all(isinstance(inputs.get(name), Tensor) for name in ANSWER):
+        return _answers(inputs)
+    return next((inputs[name] for name in names if isinstance(inputs.get(name), Tensor)), None)
+
+
+def _answers(inputs: Mapping[str, Any]) -> Tensor:
+    positions = torch.stack([inputs[name].flatten() for name in ANSWER], -1)
+    outside = (positions >= _length(inputs)) | (positions == -100)
+    return positions.clamp(min=0).masked_fill(outside.any(-1, keepdim=True), -100)
+
+
+def without_answers(inputs: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """The batch with both positions of the answers that do not count moved behind the row, where Transformers' heads
+    for question answering ignore them.
+
+    Transformers' question-answering heads do not ignore -100: they clamp it to position 0. And of an answer that is
+    cut in two they count one half: their loss, the mean of that of starts and that of ends, would then not be a mean
+    over items (and nan for a batch without any end).
+    """
+    if not all(isinstance(inputs.get(name), Tensor) for name in ANSWER):
+        return inputs
+    if _class_names(model).isdisjoint(MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES.values()):
+        return inputs
+    lost = (_answers(inputs) == -100)[:, 0]
+    return {**inputs, **{n: inputs[n].masked_fill(lost.view_as(inputs[n]), _length(inputs)) for n in ANSWER}}
+
+
+def _length(inputs: Mapping[str, Any]) -> int:
+    """Number of positions of the rows."""
+    names = ("input_ids", "inputs_embeds", "attention_mask")
+    return next((inputs[n].shape[1] for n in names if isinstance(inputs.get(n), Tensor)), torch.iinfo(torch.long).max)
+
+
+def predicts_next_token(model: nn.Module) -> bool:
+    """Whether the head scores position t against label t + 1 (causal language models)."""
+    is_pair = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return not _class_names(model).isdisjoint(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()) and not is_pair
+
+
+def _class_names(model: nn.Module) -> set[str]:
+    """Those of the bases, too: FSDP makes a class of its own of the model's."""
+    return {base.__name__ for base in type(model).__mro__}
+
+
+def valid_items(labels: Tensor, shift_labels: bool = False) -> Tensor:
+    """Mask of the labels that the head's own loss averages over.
+
+    Integer labels count where they are not -100, without the first position when the head predicts the next token;
+    real-valued labels (regression, multi-label) all count, whatever their value.
+    """
+    if labels.is_floating_point():
+        return torch.ones_like(labels, dtype=torch.bool)
+    return (shifted_labels(labels) if shift_labels else labels) != -100
+
+
+def items_to_compare(
+    labels: Tensor, inputs: Mapping[str, Any], config: Any = None, shift_labels: bool = False
+) -> Tensor:
+    """Mask of the items whose predictions are to agree where rows without a label count too.
+
+    Of a row with labels, the items that the loss counts. Of a row whose labels are all -100, the row itself; for tags
+    and tokens every position that is no padding (by `attention_mask`); in an encoder-decoder those of its decoder, by
+    `decoder_attention_mask` or the padding in `decoder_input_ids`, and the first one in any case: without a target
+    text there is no other.
+
+    Args:
+        labels: `[B]`, `[B, T]` or `[B, K]`.
+        inputs: the batch, not repeated.
+        config: the model's configuration, or None.
+        shift_labels: whether the head predicts the next token.
+
+    Returns:
+        Boolean mask of the labels' shape.
+    """
+    if labels.dim() < 2 or labels.is_floating_point():
+        return torch.ones_like(labels, dtype=torch.bool)
+    counted = valid_items(labels, shift_labels)
+    if labels.dim() > 2 or ANSWER[0] in inputs:
+        return counted | _bare(labels)
+    is_pair = getattr(config, "is_encoder_decoder", False)
+    mask, ids = inputs.get("decoder_attention_mask" if is_pair else "attention_mask"), inputs.get("decoder_input_ids")
+    if mask is None and is_pair:
+        mask = torch.zeros_like(labels) if ids is None else ids != config.pad_token_id
+    if mask is None or mask.shape != labels.shape:
+        mask = torch.ones_like(labels)
+    mask = mask.to(device=labels.device, dtype=torch.bool, copy=True)
+    if is_pair:
+        mask[:, 0] = True  # the start, which may be the padding token
+    return counted | (_bare(labels) & (F.pad(mask[:, 1:], (0, 1), value=False) if shift_labels else mask))
+
+
+def _bare(labels: Tensor) -> Tensor:
+    """`[B, 1, ...]`: the rows of `[B, T, ...]` that have no label at all."""
+    return (labels == -100).flatten(1).all(1).view(-1, *[1] * (labels.dim() - 1))
+
+
+def shifted_labels(labels: Tensor) -> Tensor:
+    """The labels of a head that predicts the next token, as long as its logits: position t gets label t + 1."""
+    return F.pad(labels[..., 1:], (0, 1), value=-100)
+
+
+def find_logits(outputs: Any, rows: int, inputs: Mapping[str, Any] | None = None) -> Tensor:
+    """The logits among a model's outputs (ModelOutput, dict or tuple), which must have one row per row of the batch.
+
+    Args:
+        outputs: what the model returned; of question answering `start_logits` and `end_logits`, `[rows, T]` each.
+        rows: number of rows of the batch as the model got it.
+        inputs: the batch, which shows a tuple to be one of question answering: (loss, start, end, ...).
+
+    Returns:
+        `[rows, ...]`; of question answering `[rows, 2, T]`.
+
+    Raises:
+        ValueError: when there are none.
+    """
+    if isinstance(outputs, Mapping):
+        logits = outputs.get("logits", outputs.get("scores"))  # the latter in sentence-transformers' CrossEncoder
+        if logits is None and {"start_logits", "end_logits"} <= outputs.keys():  # question answering: [rows, 2, T]
+            logits = torch.stack((outputs["start_logits"], outputs["end_logits"]), 1)
+        found = ", ".join(outputs)
+    else:  # (loss, logits, ...), or (logits, ...) when the labels were withheld for label smoothing
+        items = outputs if isinstance(outputs, (list, tuple)) else ()
+        tensors = [item for item in items if isinstance(item, Tensor) and item.dim() > 0]
+        logits, found = next(iter(tensors), None), f"{type(outputs).__name__} of {len(items)}"
+        if ANSWER[0] in (inputs or ()) and len(tensors) > 1 and tensors[0].shape == tensors[1].shape:
+            logits = torch.stack(tensors[:2], 1)
+    if not isinstance(logits, Tensor) or logits.dim() == 0 or len(logits) != rows:
+        shape = f", logits of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else ""
+        raise ValueError(
+            f"R-Drop compares the logits of the passes, but the model returned no logits for its {rows} rows (got: "
+            f"{found}{shape}). Use a model whose output has `logits`, without a fused loss that drops them "
+            "(`use_liger_kernel`, unless liger_kernel_config={'fused_linear_cross_entropy': False}); supported heads: "
+            f"{SUPPORTED_HEADS}. Or set rdrop_alpha to 0."
+        )
+    return logits
+
+
+def resolve_head(config: Any, logits: Tensor, labels: Tensor, passes: int, shift_labels: bool = False) -> Head:
+    """Decide how the passes are compared, by Transformers' own rules for `problem_type` (read, never set).
+
+    Args:
+        config: the model's configuration, or None.
+        logits: `[m * B, ...]`.
+        labels: `[B, ...]`.
+        passes: m.
+        shift_labels: whether the head predicts the next token.
+
+    Raises:
+        ValueError: when logits and labels do not fit a supported head.
+    """
+    shape = (len(logits) // passes, *logits.shape[1:])
+    problem_type = getattr(config, "problem_type", None)
+    per_class = labels.dim() > 0 and labels.shape == shape[:-1]
+    one_score = labels.dim() == 1 and shape in ((len(labels),), (len(labels), 1))
+    if labels.shape == shape or one_score:
+        if problem_type == "regression" or (problem_type is None and (one_score or shape[-1] == 1)):
+            return Head("regression", None)
+        if labels.shape == shape or problem_type == "multi_label_classification":
+            return Head("multi_label_classification", None)
+    if per_class and not labels.is_floating_point():
+        return Head("single_label_classification", valid_items(labels, shift_labels))
+    raise ValueError(
+        f"R-Drop cannot compare logits of shape {shape} for labels of shape {tuple(labels.shape)} and type "
+        f"{labels.dtype}: neither one class index per row of scores nor one target per score. Supported heads: "
+        f"{SUPPORTED_HEADS}. Check the labels, or set rdrop_alpha to 0."
+    )

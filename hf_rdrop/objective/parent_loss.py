@@ -1,0 +1,131 @@
+"""Call the loss of the Trainer class under R-Drop's, and check that R-Drop can be built on it."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .heads import Head
+
+
+class ParentOutput(NamedTuple):
+    """The result of a parent's `compute_loss`.
+
+    Args:
+        ce: its loss, a mean over the valid items of the batch.
+        outputs: the outputs that it returned.
+        recorded: what each of its calls of the model returned; empty for Trainer's own.
+    """
+
+    ce: Tensor
+    outputs: Any
+    recorded: list[Any]
+
+
+class ParentLoss:
+    """`super().compute_loss` of the mixin: the Trainer's own, or that of a class between them.
+
+    Args:
+        compute_loss: the bound method.
+        name: its qualified name; None for Trainer's own.
+        reader: name of the user code that reads the model's outputs in training; None when nobody does.
+    """
+
+    def __init__(self, compute_loss: Callable[..., Any], name: str | None, reader: str | None) -> None:
+        self.compute_loss, self.name, self.reader = compute_loss, name, reader
+
+    def of(self, model: nn.Module, inputs: Mapping[str, Any]) -> ParentOutput:
+        """Compute the mean loss of a batch.
+
+        (`num_items_in_batch` is withheld: many heads ignore it and return their mean all the same, so the trainer asks
+        everybody for the mean and scales it once.)
+        """
+        with _recorded_outputs(model if self.name else None) as recorded:
+            ce, outputs = self.compute_loss(model, inputs, return_outputs=True, num_items_in_batch=None)
+        return ParentOutput(ce, outputs, recorded)
+
+    def outputs_behind(self, found: ParentOutput) -> Any:
+        """Find the outputs that the loss was computed from: those returned, else those of its only forward.
+
+        Raises:
+            ValueError: when it cannot be told.
+        """
+        if self.name is None or found.outputs:
+            return found.outputs
+        if len(found.recorded) != 1:
+            raise ValueError(
+                f"{self.name} returns no outputs and called the model {len(found.recorded)} times for one batch, so "
+                "R-Drop cannot tell which logits to compare. It is for losses of one forward with a row of logits for "
+                "each example, not for contrastive, margin or listwise ones. Use such a loss, or set rdrop_alpha to 0."
+            )
+        return found.recorded[0]
+
+
+@contextmanager
+def _recorded_outputs(model: nn.Module | None) -> Iterator[list[Any]]:
+    """Collect what the model's calls return (nothing without a model), for a loss that keeps its outputs to itself."""
+    outputs: list[Any] = []
+    with ExitStack() as stack:
+        if model is not None:
+            hook = model.register_forward_hook(lambda module, args, output: outputs.append(output))
+            stack.callback(hook.remove)
+        yield outputs
+
+
+def check_gradient(loss: Tensor, logits: Tensor, name: str | None) -> None:
+    """Raise a ValueError for a trained loss that is not trained through these logits."""
+    if loss.requires_grad and not logits.requires_grad and name == "logits_for_agreement":
+        raise ValueError(
+            "The scores that logits_for_agreement returns carry no gradient (detached, copied, computed under "
+            "torch.no_grad, or by an operation like argmax), so their agreement could not train anything. Return the "
+            "model's own scores, or differentiable functions of them."
+        )
+    if loss.requires_grad and not logits.requires_grad:
+        raise ValueError(
+            f"The logits that {name or 'the model'} returns carry no gradient (the loss was computed elsewhere), so "
+            "their agreement could not train anything. Where the loss is the language model's own cross-entropy, let "
+            "R-Drop's fused head compute it: user_of_outputs = None in your trainer class, and rdrop_fused_head='on'. "
+            "Otherwise set rdrop_alpha to 0."
+        )
+
+
+def check_comparison(config: Any, head: Head, logits: Tensor, labels: Tensor, passes: int, loss: Tensor) -> None:
+    """Raise a ValueError for scores that the loss treats in another way than they are compared; waits for the device.
+
+    Real numbers, or one score per row, are a regression to some models and binary classes to others. Where no
+    `problem_type` says which, only the loss can tell.
+
+    Args:
+        config: the model's configuration, or None.
+        head: how the passes would be compared.
+        logits, labels: `[m * B, ...]` and `[B, ...]`, of m `passes`.
+        loss: the parent's loss of these logits.
+    """
+    if getattr(config, "problem_type", None) is not None or head.problem_type == "single_label_classification":
+        return
+    scores, targets = logits.detach().float().flatten(), torch.cat([labels.flatten()] * passes).float()
+
+    def is_loss(function: Any) -> Tensor:
+        return torch.isclose(function(scores, targets), loss.detach().float(), rtol=1e-2)  # of bfloat16, too
+
+    squared, binary = is_loss(F.mse_loss), is_loss(F.binary_cross_entropy_with_logits)
+    reason = None
+    if head.problem_type == "regression":
+        if binary and not squared:
+            reason = "its loss is the binary cross-entropy of its scores"
+        elif not squared and ((targets == 0) | (targets == 1)).all():
+            reason = "its labels are all 0 or 1 and its loss is not their mean squared error"
+    elif squared and not binary:
+        reason = "its loss is the mean squared error of its scores"
+    elif ((targets < 0) | (targets > 1)).any():
+        reason = "its labels are not between 0 and 1"
+    if reason is not None:
+        raise ValueError(
+            f"R-Drop would compare the passes of this model as {head.problem_type}, by the shape of its scores and "
+            f"labels, but {reason}. Say which it is: model.config.problem_type = 'regression' or "
+            "'multi_label_classification' (a single score of a binary class too); for a module without a config, "
+            "model.config = transformers.PretrainedConfig(problem_type=...). Or set rdrop_alpha to 0."
+        )

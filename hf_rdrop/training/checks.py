@@ -1,0 +1,170 @@
+"""Refuse set-ups that cannot work before the first step: what is wrong, why it matters, what to change.
+
+Every check raises a ValueError (`check_bases` a TypeError).
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+
+from ..dropout import describe_sources, inspect_dropout, is_stochastic
+from ..loss import check_alpha
+from ..objective.batch_layout import BatchLayout
+from ..objective.heads import ANSWER, SUPPORTED_HEADS
+from ..sub_models.places import embeds_with_noise
+from .loss_log import LossLog
+
+#: Keys that collators of packed (padding-free) or sharded sequences add: their rows are not examples.
+PACKED_INPUTS = frozenset(
+    {"cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx", "packed_seq_lens", "shift_labels"}
+)
+
+
+def check_bases(cls: type, mixin: type) -> None:
+    """Raise a TypeError for a class derived from the mixin that changes no `Trainer`, or comes after it."""
+    order = cls.__mro__
+    if Trainer not in order and any("train" in vars(base) for base in order if base not in mixin.__mro__):
+        raise TypeError(
+            f"{cls.__name__} is no transformers.Trainer: R-Drop changes the compute_loss of one. (setfit's Trainer "
+            "holds one that trains embeddings on a contrastive loss, which has no logits to compare.)"
+        )
+    if Trainer in order and order.index(Trainer) < order.index(mixin):
+        raise TypeError(
+            f"{cls.__name__} names {mixin.__name__} after its Trainer, whose methods would hide those of R-Drop: "
+            f"training would be plain. Write class {cls.__name__}({mixin.__name__}, ...), the mixin first."
+        )
+
+
+def check_parallelism(alpha: float, args: TrainingArguments, accelerator: Any) -> None:
+    """Refuse an alpha out of range, and devices over which losses cannot be averaged or passes not be told apart."""
+    check_alpha(alpha)  # once more: a hyper-parameter search sets it on the arguments
+    check_processes(args)
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs in one process (torch.nn.DataParallel) would divide a repeated batch across "
+            "devices and average losses without their item counts. Start one process per GPU with `accelerate "
+            "launch` or `torchrun`, or show one GPU with CUDA_VISIBLE_DEVICES=0."
+        )
+    parallelism = getattr(accelerator, "parallelism_config", None)
+    if alpha and any(getattr(parallelism, f"{kind}_enabled", False) for kind in ("cp", "sp")):
+        raise ValueError(
+            "R-Drop cannot be used with context or sequence parallelism: each rank holds a slice of every sequence, "
+            "so neither the passes nor the valid items can be told apart there. Use data parallelism (DDP, FSDP, "
+            "DeepSpeed ZeRO), or set rdrop_alpha to 0."
+        )
+
+
+def check_processes(args: TrainingArguments) -> None:
+    """Refuse several processes that would each train alone, and one that was started in place of several."""
+    if args.world_size > 1:
+        return
+    started = os.environ.get("WORLD_SIZE", "")
+    if started.isdigit() and int(started) > 1:
+        raise ValueError(
+            f"{started} processes were started, but each would train a model of its own, with the same output folder: "
+            "on a machine without a GPU they only join with use_cpu=True (--use_cpu on a command line). Set it."
+        )
+    # What `accelerate launch` leaves for the single process it starts for several on a CPU.
+    if not started and "MASTER_PORT" in os.environ and os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
+        raise ValueError(
+            "`accelerate launch` was asked for several processes on the CPU, but has started one, which would train "
+            "alone: it needs an mpirun for more (distributed_type: MULTI_CPU, --cpu). Use `torchrun --nproc_per_node "
+            "2 ... --use_cpu`, or a configuration of distributed_type MULTI_GPU with use_cpu: true and --use_cpu "
+            "(scripts/accelerate/cpu.yaml); for one process unset MASTER_PORT."
+        )
+
+
+def check_head(model: nn.Module, label_names: Sequence[str]) -> None:
+    """Refuse a model trained on other labels than those whose predictions can be compared.
+
+    Args:
+        model: the model itself; a module without a configuration is left to its first batch.
+        label_names: the names of its labels, as the Trainer has found them.
+    """
+    if label_names and {"labels", "label", *ANSWER}.isdisjoint(label_names) and hasattr(model, "config"):
+        raise ValueError(
+            f"R-Drop does not support the head of {type(model).__name__}: it is trained on "
+            f"{', '.join(label_names)}, not on `labels`. Supported heads: {SUPPORTED_HEADS}. "
+            "Use one of these, or set rdrop_alpha to 0."
+        )
+
+
+def check_stochastic(model: nn.Module, with_sub_models: bool = False, with_noise: bool = False) -> None:
+    """Refuse a model in which nothing random differs between the passes.
+
+    Args:
+        model: the model itself.
+        with_sub_models: whether `SubModels` makes the passes differ.
+        with_noise: whether Trainer's NEFTune adds noise to the embeddings.
+    """
+    if with_sub_models or (with_noise and embeds_with_noise(model)):
+        return
+    sources = inspect_dropout(model)
+    if not is_stochastic(sources):
+        raise ValueError(
+            "Nothing in this model is stochastic in a way that differs between the passes, so they would be "
+            f"identical, the KL term always 0, and the second pass wasted. Found: {describe_sources(sources)}. "
+            "Set a dropout rate with rdrop_dropout=0.1 (--rdrop_dropout 0.1 on a command line, or "
+            "hf_rdrop.set_dropout(model, 0.1)), or set rdrop_alpha to 0 (--rdrop_alpha 0)."
+        )
+
+
+def check_batch(
+    layout: BatchLayout, inputs: Mapping[str, Any], labels: Tensor | None, *, own_logits: bool, label_smoothing: float
+) -> None:
+    """Refuse a training batch that cannot be repeated or compared; looks at shapes only.
+
+    Args:
+        layout: how batches are read.
+        inputs: the batch, not repeated.
+        labels: its labels; None only with `own_logits`.
+        own_logits: whether `logits_for_agreement` says what the passes are compared by.
+        label_smoothing: as Trainer's `label_smoothing_factor`.
+    """
+    if labels is None and not own_logits:
+        raise ValueError(
+            f"R-Drop needs `labels` in the batch to know which items count; it has: {', '.join(inputs)}. Check the "
+            "data set's columns and `label_names`, or set rdrop_alpha to 0."
+        )
+    packed = PACKED_INPUTS.intersection(inputs)
+    if packed or (layout.size(inputs) == 1 and "position_ids" in inputs and "attention_mask" not in inputs):
+        raise ValueError(
+            "R-Drop cannot repeat packed (padding-free) batches: their single row holds many examples "
+            f"({', '.join(sorted(packed)) or 'position_ids without attention_mask'}). Use a padding collator such as "
+            "DataCollatorWithPadding, or set rdrop_alpha to 0."
+        )
+    if label_smoothing and labels is not None and labels.is_floating_point():
+        raise ValueError(
+            "label_smoothing_factor needs class indices, but the labels are real numbers (regression or "
+            "multi-label). Set label_smoothing_factor to 0."
+        )
+    is_pair = getattr(layout.config, "is_encoder_decoder", False)
+    if label_smoothing and is_pair and "decoder_input_ids" not in inputs:
+        raise ValueError(
+            "With label smoothing the labels are withheld from the model, which then cannot make its decoder "
+            "inputs from them. Use DataCollatorForSeq2Seq(tokenizer, model=model), which adds decoder_input_ids, "
+            "or set label_smoothing_factor to 0."
+        )
+
+
+def check_loss_of_labelled_rows(reader: str | None) -> None:
+    """Refuse user code (`reader`, by name) that computes a loss of real numbers of which `rdrop_unlabeled` leaves
+    rows out."""
+    if reader is not None:
+        raise ValueError(
+            "rdrop_unlabeled with real-valued labels (regression or multi-label) computes the loss of the labelled "
+            f"rows itself, but {reader}. Use the model's own loss, or leave rdrop_unlabeled out."
+        )
+
+
+def check_was_called(trainer_class: type, log: LossLog) -> None:
+    """Refuse, before the optimizer's step, a subclass whose `compute_loss` has replaced R-Drop's."""
+    if log.is_empty:
+        raise ValueError(
+            f"{trainer_class.__name__} trains without R-Drop: a `compute_loss` of its own does not call "
+            "super().compute_loss. Put your loss into a Trainer class below the mixin: class WithLoss(Trainer) with "
+            "compute_loss, then class MyTrainer(RDropMixin, WithLoss)."
+        )

@@ -1,0 +1,85 @@
+"""Look at the first batch of a training run: are its labels right, and what will a step cost."""
+
+import logging
+import re
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import TrainingArguments
+
+from ..cost.model_shape import describe_model
+from ..cost.predict import predict_cost
+from ..fused.head import find_head
+from .settings import RunFacts
+
+logger = logging.getLogger(__name__)
+
+# The heads of Transformers whose labels are classes below `config.num_labels`.
+_CLASSIFIER = re.compile(r"For(Sequence|Token|Image|Video|Audio)Classification$")
+
+
+def check_labels_of_head(model: nn.Module, labels: Tensor) -> None:
+    """Refuse a label that is neither a class of the model's head nor -100; it waits for the device.
+
+    (Out of range, the loss fails with an index error from its depths, or on a GPU with an assertion that ends the
+    process's use of it. Heads whose number of classes is not known are left alone.)
+    """
+    config, head = getattr(model, "config", None), find_head(model)
+    if isinstance(head, nn.Linear):
+        classes, kind, remedy = head.out_features, "tokens", "encode the data with the model's own tokenizer"
+    elif _CLASSIFIER.search(type(model).__name__) and getattr(config, "problem_type", None) in (
+        None,
+        "single_label_classification",
+    ):
+        classes, kind, remedy = config.num_labels, "classes", "load the model with num_labels=..."  # type: ignore
+    else:
+        return
+    valid = labels[labels != -100]
+    if labels.is_floating_point() or classes < 2 or not valid.numel():
+        return
+    low, high = valid.min().item(), valid.max().item()
+    if low < 0 or high >= classes:
+        raise ValueError(
+            f"The labels of the first batch are from {low} to {high}, but {type(model).__name__} has {classes} "
+            f"{kind}: a label is from 0 to {classes - 1}, or -100 where nothing is to be learned. Check the labels, "
+            f"or {remedy}."
+        )
+
+
+def describe_cost(facts: RunFacts, inputs: Mapping[str, Any], args: TrainingArguments) -> str:
+    """Say in a sentence what the cost model predicts for a step on this batch (not repeated)."""
+    model, settings = facts.model, facts.settings
+    try:
+        shape = describe_model(model, inputs, itemsize=2 if args.bf16 or args.fp16 else None)
+    except Exception as error:  # a model of an unforeseen kind must train all the same
+        logger.debug("The sizes of the model cannot be read.", exc_info=error)
+        shape = None
+    if shape is None:
+        return "R-Drop: no prediction of the cost, because the sizes of this model's layers are unknown."
+    cost = predict_cost(
+        shape,
+        passes=settings.passes,
+        shared_layers=facts.shared_layers,
+        interval=settings.interval,
+        fused_head=facts.fused_head,
+        gradient_checkpointing=any(getattr(m, "gradient_checkpointing", False) for m in model.modules()),
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+    )
+    return (
+        f"R-Drop: about {cost.time:.2f}x the time and {cost.memory:.2f}x the memory for activations and gradients "
+        "of plain fine-tuning (predicted from the sizes of model and batch)."
+    )
+
+
+def show(message: str, args: TrainingArguments) -> None:
+    """Show a message where the Trainer shows its log lines, also to a program that has not set up logging.
+
+    (Python hands messages of the level INFO to nobody by default. `log_level="error"` silences this one too.)
+    """
+    if logger.isEnabledFor(logging.INFO):
+        logger.info(message)
+    elif args.get_process_log_level() <= logging.WARNING:
+        tqdm.write(message, file=sys.stderr)

@@ -1,0 +1,213 @@
+"""One training run with R-Drop: what its settings put on the model, and the loss of its batches."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainingArguments
+
+from ..fused.head import FusedHead, choose_fused_head
+from ..objective.batch_layout import BatchLayout
+from ..objective.batch_loss import BatchLoss, Objective
+from ..objective.heads import find_logits
+from ..objective.parent_loss import ParentLoss
+from ..sub_models import SubModels
+from ..training_args import REMOVED, check_removed
+from ..trunk.check import check_shared_trunk
+from ..trunk.shared import SharedTrunk
+from .checks import check_batch, check_head, check_loss_of_labelled_rows, check_parallelism, check_stochastic
+from .first_batch import check_labels_of_head, describe_cost, show
+from .item_counts import ItemCounts
+from .settings import RunFacts, Settings, StepPlan
+
+
+class TrainingRun:
+    """The objective of one model by its settings, and what makes the second pass cheaper.
+
+    Args:
+        model: the model, without wrappers and adapters.
+        args: arguments of the training.
+        layout: how batches are read.
+        parent_loss: the loss under R-Drop's.
+        logits_for_agreement: as for `RDropMixin`; None for the model's own logits.
+        needs_outputs: who needs the model's outputs, so that no fused head can take their place; None for nobody.
+        label_smoothing: share of the target given to the uniform distribution; 0 where the Trainer leaves it out.
+        shows: whether this process shows what a step costs.
+
+    Attributes:
+        settings: R-Drop's arguments, as they were when they were last read.
+        items: counts what a mean is over.
+        trunk: the shared lower layers, None when nothing is shared.
+        fused_head: computes the loss itself from the first batch on; None when the full logits are used.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        layout: BatchLayout,
+        parent_loss: ParentLoss,
+        *,
+        logits_for_agreement: Callable[[Any, Mapping[str, Any]], Any] | None = None,
+        needs_outputs: str | None = None,
+        label_smoothing: float = 0.0,
+        shows: bool = False,
+    ) -> None:
+        self.model, self.layout, self.parent_loss, self.args = model, layout, parent_loss, args
+        self.logits_for_agreement, self.needs_outputs, self.shows = logits_for_agreement, needs_outputs, shows
+        self.label_smoothing = label_smoothing
+        self.trunk: SharedTrunk | None = None
+        self.fused_head: FusedHead | None = None
+        self._sub_models: SubModels | None = None
+        self._prepared = self._tried_out = False
+        self.items = ItemCounts(layout, unlabeled=False)
+        self.read(Settings.of(args))
+
+    def read(self, settings: Settings) -> None:
+        """Take over settings that may have changed between steps; the trunk and the fused head stay as they are."""
+        self.settings, self.items.unlabeled = settings, settings.unlabeled
+        own = self.logits_for_agreement
+        self.objective = Objective(settings.agreement, settings.unlabeled, self.layout, self.parent_loss, own)
+
+    # ---- From the first step to the last ----
+
+    def check_setup(self, accelerator: Any) -> None:
+        """Check model, arguments and parallelism.
+
+        Raises:
+            ValueError: when training with R-Drop would fail, be wrong or do nothing.
+        """
+        args, own = self.args, self.logits_for_agreement is not None
+        check_removed(name for name in REMOVED if getattr(args, name, None))  # arguments that were unpickled
+        check_parallelism(self.settings.alpha, args, accelerator)
+        with self.sub_models() as sources:  # whether the model has a place for them
+            differs = sources is not None and sources.differs
+        if self.settings.alpha:
+            if args.label_names is None and not own:  # else the first batch will show whether they are class labels
+                check_head(self.model, self.layout.label_names)
+            check_stochastic(self.model, differs, bool(args.neftune_noise_alpha))
+
+    @contextmanager
+    def sub_models(self) -> Iterator[SubModels | None]:
+        """Put the sources of sub-models on the model for a moment; None when the settings ask for none."""
+        found = self._new_sub_models()
+        try:
+            yield found
+        finally:
+            if found is not None:
+                found.remove()
+
+    def begin(self) -> None:
+        """Put on the model what training needs."""
+        self._sub_models = self._new_sub_models()
+        self._prepare()
+
+    def end(self) -> None:
+        """Take the sources of sub-models off the model."""
+        if self._sub_models is not None:
+            self._sub_models.remove()
+            self._sub_models = None
+
+    def remove(self) -> None:
+        """Leave the model as it was."""
+        self.end()
+        if self.trunk is not None:
+            self.trunk.remove()
+
+    def facts(self) -> RunFacts:
+        """Tell what was in force."""
+        trunk, own = self.trunk, self.logits_for_agreement is not None
+        shared = (trunk.shared_layers, trunk.num_layers) if trunk is not None else (0, 0)
+        return RunFacts(self.model, self.settings, own, *shared, self.fused_head is not None)
+
+    # ---- A step ----
+
+    def loss(self, model: nn.Module, inputs: dict[str, Any], plan: StepPlan, return_outputs: bool) -> BatchLoss:
+        """Compute CE and divergence of a training batch.
+
+        Args:
+            model: the model as training calls it.
+            inputs: the batch, not repeated; not changed.
+            plan: of the optimizer step.
+            return_outputs: whether the outputs are asked for, so that no fused head can take their place.
+        """
+        labels = self.layout.labels(inputs)
+        if self.settings.unlabeled and labels is not None and labels.is_floating_point():
+            check_loss_of_labelled_rows(self.parent_loss.reader)
+        if not self.settings.alpha:
+            return self.objective.plain(model, inputs, labels)
+        own = self.logits_for_agreement is not None
+        check_batch(self.layout, inputs, labels, own_logits=own, label_smoothing=self.label_smoothing)
+        if not self._tried_out:
+            self.try_out(model, inputs, labels)
+        if self.trunk is not None:
+            self.trunk.start(plan.passes)
+        if self.fused_head is not None and not return_outputs:
+            loss, ce, kl = self.fused_head.loss(
+                model,
+                inputs,
+                self.layout.repeat,
+                passes=plan.passes,
+                shift_labels=self.layout.shifts_labels,
+                alpha=plan.alpha,
+                label_smoothing=self.label_smoothing,
+            )
+            return BatchLoss(ce, kl, None, loss)
+        if not plan.compares:
+            return self.objective.plain(model, inputs, labels)
+        return self.objective.compared(model, inputs, labels, plan.passes)
+
+    def stop(self) -> None:
+        """Share no layers any more; after the backward pass, in which gradient checkpointing runs them once more."""
+        if self.trunk is not None:
+            self.trunk.stop()
+
+    # ---- The first batch ----
+
+    def _new_sub_models(self) -> SubModels | None:
+        layer_drop, inserted = self.settings.layer_drop, self.settings.insert_dropout
+        asked = layer_drop or inserted
+        return SubModels(self.model, layer_drop=layer_drop, insert_dropout=inserted) if asked else None
+
+    def _prepare(self) -> None:
+        self._prepared = True
+        if self.settings.alpha and self.settings.shared_layers:
+            shared, stay = self.settings.shared_layers, self.layout.non_batch_inputs
+            self.trunk = SharedTrunk(self.model, shared, non_batch_inputs=stay)
+
+    def try_out(self, model: nn.Module, inputs: dict[str, Any], labels: Tensor | None) -> None:
+        """Check on the first batch that labels are classes, and that shared layers and fused head do what they should.
+
+        Raises:
+            ValueError: when a label is no class, or the model does not work with what the settings ask for.
+        """
+        if not self._prepared:
+            self._prepare()
+        self._tried_out = True
+        if labels is not None:
+            check_labels_of_head(self.model, labels)
+        model = getattr(model, "_orig_mod", model)  # nothing is compiled for the sake of a check
+        if self.trunk is not None:
+            passes, size = self.settings.passes, self.layout.size(inputs)
+            repeated = self.layout.repeat(inputs, passes)
+            check_shared_trunk(self.trunk, model, repeated, passes, batch_size=size, logits_of=self._compared_logits)
+        self.fused_head = choose_fused_head(
+            self.settings.fused_head,
+            self.model,
+            model,
+            inputs,
+            labels,
+            shift_labels=self.layout.shifts_labels,
+            obstacle=self.needs_outputs,
+        )
+        torch.clear_autocast_cache()  # torch before 2.8 would train on with the casts of the checks, without gradient
+        if self.shows:
+            show(describe_cost(self.facts(), inputs, self.args), self.args)
+
+    def _compared_logits(self, outputs: Any, rows: int, inputs: Mapping[str, Any]) -> Tensor:
+        if self.logits_for_agreement is None:
+            return find_logits(outputs, rows, inputs)
+        given = self.logits_for_agreement(outputs, inputs)
+        return given[0] if isinstance(given, tuple) else given  # of (scores, mask, ...)

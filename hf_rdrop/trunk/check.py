@@ -1,0 +1,127 @@
+"""Whether a model does the same with its lower layers shared between the passes."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..batch import get_batch_size, map_tensors
+from ..dropout import dropout_off, inspect_dropout, is_stochastic
+from ..objective.heads import find_logits
+from .shared import SharedTrunk
+
+_CHECKED_EXAMPLES = 2  # enough to notice rows in a wrong order, few enough for the logits of a large vocabulary
+
+
+@torch.no_grad()
+def check_shared_trunk(
+    trunk: SharedTrunk,
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    passes: int,
+    *,
+    batch_size: int | None = None,
+    logits_of: Callable[[Any, int, Mapping[str, Any]], Tensor] = find_logits,
+) -> None:
+    """Check that sharing changes no logits in evaluation, and that something above the shared layers is random.
+
+    Three forwards over at most two examples, in evaluation mode. The random number generators, the training flags of
+    the modules and `inputs` stay as they are; the trunk is stopped.
+
+    Args:
+        trunk: the trunk of the model.
+        model: what is called in training: the model, or a wrapper around it.
+        inputs: a repeated batch, m * B rows.
+        passes: m, >= 2.
+        batch_size: number of examples B; read off the labels or input ids by default.
+        logits_of: takes the scores to look at from outputs, given their number of rows and the batch before it was
+            repeated.
+
+    Raises:
+        ValueError: when the model does not work with its first layers shared, or the passes would be identical.
+    """
+    model = getattr(model, "_orig_mod", model)  # a graph compiled for these few rows would never be used again
+    name, k = type(trunk.model).__name__, trunk.shared_layers
+    size = batch_size or get_batch_size(inputs) // passes
+    few = min(size, _CHECKED_EXAMPLES)
+    rows = [i * size + j for i in range(passes) for j in range(few)]
+    calls: list[nn.Module] = []
+    dtypes: set[torch.dtype] = set()
+
+    def record(module: nn.Module, args: tuple[Any, ...]) -> None:
+        calls.append(module)
+        dtypes.update(x.dtype for x in args if isinstance(x, Tensor))
+
+    def select(index: list[int]) -> dict[str, Any]:
+        return {k: v if k in trunk.non_batch_inputs else _select(v, passes * size, index) for k, v in inputs.items()}
+
+    def run(index: list[int]) -> Tensor:
+        logits = logits_of(model(**select(index)), len(index), select(rows[:few])).float()
+        return logits.nan_to_num(0.0, 0.0, 0.0)  # a masked logit is -inf with and without sharing
+
+    trunk.stop()
+    devices = {parameter.device for parameter in trunk.model.parameters() if parameter.is_cuda}
+    with dropout_off(model), torch.random.fork_rng(devices):
+        hooks = [module.register_forward_pre_hook(record) for module in trunk.model.modules()]
+        try:
+            plain = run(rows)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        _check_calls(trunk, calls)
+        alone = run(rows[:few])
+        trunk.start(passes)
+        try:
+            shared = run(rows)
+        except Exception as error:
+            raise ValueError(
+                f"rdrop_shared_layers: {name} does not run with its first {k} layers shared between the passes "
+                f"({type(error).__name__}: {error}): something outside these layers uses what is between them, or "
+                "they need an input that cannot be cut. Set rdrop_shared_layers to a smaller number, or to 0."
+            ) from error
+        finally:
+            trunk.stop()
+    # What rounding does to these very logits when the number of rows changes, and a floor under it.
+    floor = (2e-2 if dtypes & {torch.bfloat16, torch.float16} else 1e-3) * plain.abs().max()
+    limit = float(8 * (plain[:few] - alone).abs().max() + floor)
+    if (change := float((plain - shared).abs().max())) > limit:
+        raise ValueError(
+            f"rdrop_shared_layers: with its first {k} layers shared between the passes, the logits of {name} in "
+            f"evaluation change by up to {change:.2g}, where rounding explains {limit:.2g}: its layers mix rows, or "
+            "their batch dimension is not the first. Set rdrop_shared_layers to 0."
+        )
+
+
+def _check_calls(trunk: SharedTrunk, calls: list[nn.Module]) -> None:
+    """Check that the shared layers are called once each, in order, and that something called after them is random."""
+    k, name = trunk.shared_layers, type(trunk.model).__name__
+    numbers = {layer: i for i, layer in enumerate(trunk.layers, 1)}
+    order = [numbers[module] for module in calls if module in numbers]
+    if order != list(range(1, k + 1)):
+        raise ValueError(
+            f"rdrop_shared_layers: one forward of {name} calls its first {k} layers in the order {order}, but only "
+            "layers that are called once each, one after the other, can be shared between the passes. Set "
+            "rdrop_shared_layers to 0."
+        )
+    inside = set(trunk.layers[-1].modules())
+    after = set(calls[calls.index(trunk.layers[-1]) :]) - inside
+    paths = {path for path, module in trunk.model.named_modules() if module in after}
+
+    def is_after(source: str) -> bool:  # a dropout, or an attribute, of a module that is called after the trunk
+        parts = source.split(".")
+        return any(".".join(parts[:i]) in paths for i in range(1, len(parts) + 1))
+
+    if not is_stochastic(source for source in inspect_dropout(trunk.model) if is_after(source.name)):
+        raise ValueError(
+            f"rdrop_shared_layers: nothing that {name} runs after its {k} shared layers is random, so the passes "
+            "would be identical and the KL term always 0. Share fewer layers, or give the layers or the head above "
+            "them dropout (rdrop_dropout=0.1, or hf_rdrop.set_dropout(model, 0.1))."
+        )
+
+
+def _select(value: Any, rows: int, index: list[int]) -> Any:
+    """The rows `index` of whatever has `rows` rows in a batch."""
+    if isinstance(value, list) and len(value) == rows and not any(isinstance(v, (Tensor, dict)) for v in value):
+        return [value[i] for i in index]
+    return map_tensors(lambda t: t[index] if t.dim() > 0 and len(t) == rows else t, value)
