@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from comparison.figures import Row
 from comparison.statistics import SIGNIFICANT
 from comparison.tables import gain, p_cell, scored_name, short_name, spread
-from hf_rdrop.card_text import code, inline
+from hf_rdrop.cards.markdown import code, inline
 
 
 def in_words(row: Row, base: Row | None) -> str:
