@@ -26,11 +26,7 @@ class LocalMetric(evaluate.Metric):
     """
 
     def __init__(
-        self,
-        config_name: str | None = None,
-        keep_in_memory: bool | None = None,
-        num_process: int = 1,
-        **kwargs: Any,
+        self, config_name: str | None = None, keep_in_memory: bool | None = None, num_process: int = 1, **kwargs: Any
     ) -> None:
         keep_in_memory = num_process == 1 if keep_in_memory is None else keep_in_memory
         super().__init__(config_name=config_name, keep_in_memory=keep_in_memory, num_process=num_process, **kwargs)
