@@ -1,4 +1,4 @@
-"""What the metrics here share: an `evaluate.Metric` that stays in memory and checks its input, and correlations."""
+"""Share an `evaluate.Metric` that stays in memory, checks of its input, and correlations among the metrics."""
 
 import warnings
 from typing import Any
@@ -11,12 +11,9 @@ from scipy import stats
 class LocalMetric(evaluate.Metric):
     """`evaluate.Metric` that needs no network, keeps its examples in memory, and checks them as they are added.
 
-    `evaluate.Metric` writes the added examples to a cache file whose name is the same in every run, guarded by a lock
-    file. Runs that share a cache folder then wait for each other, and a cache folder that cannot be written stops the
-    evaluation. Memory has neither problem, so it is the default here. Gathering through files over `num_process > 1`
-    processes, as `evaluate` offers, still works: give `num_process`, `process_id` and an `experiment_id` of your own.
-
-    Subclasses define `_info`, `_compute` and `check_inputs`.
+    `evaluate.Metric` writes the examples to a locked cache file with the same name in every run, for which runs wait
+    for each other. Gathering through files over `num_process > 1` processes still works: give `num_process`,
+    `process_id` and an `experiment_id` of your own. Subclasses define `_info`, `_compute` and `check_inputs`.
 
     Args:
         config_name (`str`, *optional*): The configuration, where a metric has several.
@@ -49,10 +46,8 @@ class LocalMetric(evaluate.Metric):
             missing = "predictions" if predictions is None else "references"
             raise ValueError(f"{self.name}: {missing} missing; give both predictions and references.")
         if len(predictions) != len(references):
-            raise ValueError(
-                f"{self.name}: {len(predictions)} predictions for {len(references)} references; "
-                "each reference needs exactly one prediction."
-            )
+            sizes = f"{len(predictions)} predictions for {len(references)} references"
+            raise ValueError(f"{self.name}: {sizes}; each reference needs exactly one prediction.")
         if len(predictions) == 0:
             raise ValueError(f"{self.name}: predictions and references are empty; a score needs at least one example.")
         predictions, references = self.check_inputs(predictions, references)
@@ -138,10 +133,9 @@ def check_texts(metric: str, predictions: Any, references: Any) -> tuple[list[st
 
 
 def correlations(predictions: list[float], references: list[float]) -> dict[str, float]:
-    """Pearson's and Spearman's correlation; 0 where they are undefined (a constant side, or a single example).
+    """Compute Pearson's and Spearman's correlation; 0 where undefined (a constant side, or a single example).
 
-    A model that predicts one value for everything knows nothing of the references, which is what 0 says; it also
-    keeps `metric_for_best_model` working, where NaN would compare false with everything.
+    NaN would compare false with everything and break `metric_for_best_model`.
     """
     if len(set(predictions)) < 2 or len(set(references)) < 2:
         return {"pearson": 0.0, "spearmanr": 0.0}
