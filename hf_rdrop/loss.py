@@ -29,7 +29,7 @@ def check_alpha(alpha: float) -> None:
 
 
 def check_class_indices(labels: Tensor, classes: int) -> None:
-    """Raise `ValueError` unless labels are integers and, looked up on a CPU only, -100 or in [0, classes)."""
+    """Raise `ValueError` unless labels are integers and, which is checked on a CPU only, -100 or in [0, classes)."""
     if labels.is_floating_point() or labels.is_complex():
         raise ValueError(f"Labels must be class indices, got {labels.dtype}: convert them with labels.long().")
     if labels.device.type == "cpu" and len(wrong := labels[(labels != -100) & ((labels < 0) | (labels >= classes))]):

@@ -104,10 +104,7 @@ def check_evidence(
 ) -> dict[str, Any]:
     """Read the card's comparison and consistency, as for `write_card`; also as a check before training.
 
-    Args:
-        args: of the training.
-        comparison, consistency: as for `write_card`.
-        card: the other arguments of `create_model_card`, for the names of the model and its data.
+    `card` holds the other arguments of `create_model_card`, for the names of the model and its data.
 
     Raises:
         ValueError: one of the two cannot be read, or it is open which task of the comparison is meant.

@@ -50,11 +50,7 @@ def curves_part(
 ) -> dict[str, Any] | None:
     """Tabulate CE and KL by epoch: means of the log lines, weighted by the number of their steps.
 
-    Args:
-        history: log lines with `step`, `epoch`, `loss`, `ce_loss` and `kl_loss`, and those of evaluations.
-        head: whose losses they are.
-        alpha: for the lines without a `rdrop_alpha` of their own; with 0 only the loss is shown.
-        interval: of the optimizer steps with R-Drop.
+    Lines without a `rdrop_alpha` of their own have the one that is given; with 0 only the loss is shown.
     """
     epochs: dict[int, list[tuple[int, Mapping[str, Any]]]] = {}
     before = 0

@@ -59,8 +59,7 @@ def fill_in(
         evaluation: as `last_evaluation` finds it.
         title, base_name: names of the model and of the one that training began with, or "".
         task: the Hub's name of the task, where the summary has none.
-        more_tags: tags to add.
-        with_rdrop: whether the model was trained with R-Drop.
+        more_tags, with_rdrop: tags to add, and whether the model was trained with R-Drop.
     """
     tags = {tag for tag in (*as_list(data.tags), *more_tags) if _is_public(tag)} - {TAG}
     data.tags = sorted(tags | {TAG} if with_rdrop else tags)

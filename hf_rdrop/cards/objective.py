@@ -24,12 +24,7 @@ _RISES = {"linear": "linearly", "sigmoid": "as exp(-5 (1 - t)^2) for t from 0 to
 
 
 def objective_facts(settings: Settings, regression: bool, own_logits: bool = False) -> dict[str, Any]:
-    """Put the settings into the words of the template.
-
-    Args:
-        settings: R-Drop's arguments.
-        regression: whether predictions are numbers and not distributions.
-        own_logits: whether `logits_for_agreement` was given.
+    """Put the settings into the words of the template; `own_logits`: whether `logits_for_agreement` was given.
 
     Returns:
         `agreement`, the sum of terms as text, and `terms`, their definitions, both empty for the symmetric KL alone;

@@ -235,7 +235,7 @@ def _caller_undisturbed(model: nn.Module, seed: int) -> Iterator[None]:
 def _dropout_on(model: nn.Module) -> Iterator[None]:
     """Train within the block, except batch norms, whose statistics have nothing to do with dropout."""
     with modes_restored(model):
-        model.train()
+        model.train()  # all, because a rate may be applied by the module around its own (BERT's attention)
         for module in model.modules():
             if isinstance(module, _NormBase):
                 module.eval()

@@ -22,12 +22,7 @@ class PassSums:
 
     and ``sKL(P_i, P) = 1/2 d_i · u_i``. It is written in differences from P, because the probabilities of similar
     sub-models would cancel to rounding. For regression p is the prediction and "log p" twice it, so that 1/2 d · u is
-    the squared difference.
-
-    Args:
-        head: how the head's outputs are compared.
-        labels: `[B, ...]`, shifted for heads that predict the next token.
-        logits: `[B, ...]` with dropout off.
+    the squared difference. Labels `[B, ...]` are shifted for heads that predict the next token.
     """
 
     def __init__(self, head: Head, labels: Tensor, logits: Tensor) -> None:
@@ -42,13 +37,13 @@ class PassSums:
             self.columns = torch.arange(self.off.shape[1], device=self.off.device).expand_as(self.off)
             self.weights = torch.stack((1 - self.targets, self.targets), 1)
         self.sum_p, self.sum_u = torch.zeros_like(self.off), torch.zeros_like(self.off)  # of p_i, of u_i
-        self.sum_distance = torch.zeros_like(self.off[:, 0])
+        self.sum_divergence = torch.zeros_like(self.off[:, 0])
         self.log_sum_target = torch.full_like(self.columns, -torch.inf, dtype=self.off.dtype)
         self.choices = [self._choose(self.off)]  # [N] each, as all in these lists
         self.losses = [self._loss(self.off, self.log_off.gather(1, self.columns))]
         self.ensemble_choices: list[Tensor] = []
         self.ensemble_losses: list[Tensor] = []
-        self.ensemble_distances: list[Tensor] = []
+        self.ensemble_divergences: list[Tensor] = []
 
     def _probabilities(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Return p and log p, `[N, C]`."""
@@ -79,7 +74,7 @@ class PassSums:
         self.sum_p += p
         u = log_p.sub_(self.log_off)
         self.sum_u += u
-        self.sum_distance += _product(p - self.off, u)
+        self.sum_divergence += _product(p - self.off, u)
         del p, log_p, u
 
         n = len(self.losses) - 1
@@ -89,7 +84,7 @@ class PassSums:
         self.log_sum_target = torch.logaddexp(self.log_sum_target, log_target)
         self.ensemble_losses.append(self._loss(mean, self.log_sum_target - math.log(n)))
         u = 2 * (mean - self.off) if self.problem_type == "regression" else mean.log().sub_(self.log_off)
-        self.ensemble_distances.append(_product(mean - self.off, u) / 2)
+        self.ensemble_divergences.append(_product(mean - self.off, u) / 2)
 
     def sums(self) -> Tensor:
         """Return `[5 n + 4]` sums over the items, in float64.
@@ -99,12 +94,12 @@ class PassSums:
         """
         n = len(self.losses) - 1
         shift = _product(self.sum_p - n * self.off, self.sum_u)
-        between = (n * self.sum_distance - shift) / (n * (n - 1))
-        between = torch.where(self.sum_distance.isinf(), self.sum_distance, between)
-        rows = [between, self.sum_distance / (2 * n), *self.losses, *self.ensemble_losses]
+        between = (n * self.sum_divergence - shift) / (n * (n - 1))
+        between = torch.where(self.sum_divergence.isinf(), self.sum_divergence, between)
+        rows = [between, self.sum_divergence / (2 * n), *self.losses, *self.ensemble_losses]
         right = self.targets > 0.5 if self.problem_type == "multi_label_classification" else self.targets
         rows += [(choice == right).to(between) for choice in (*self.choices, *self.ensemble_choices)]
-        return torch.stack([*rows, *self.ensemble_distances]).cpu().double().sum(1)
+        return torch.stack([*rows, *self.ensemble_divergences]).cpu().double().sum(1)
 
     def predictions(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the predictions of dropout off, passes and ensembles, `[2 n + 1, *labels.shape]`, and the labels."""

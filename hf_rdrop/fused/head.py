@@ -38,10 +38,8 @@ def choose_fused_head(
 
     Args:
         mode: `"auto"`, `"on"` or `"off"`, as `rdrop_fused_head`.
-        model: the model itself.
-        wrapped: the model as training calls it (in DDP, FSDP, ...).
-        inputs: the first batch, not repeated.
-        labels: its labels.
+        model, wrapped: the model itself, and as training calls it (in DDP, FSDP, ...).
+        inputs, labels: the first batch, not repeated, and its labels.
         shift_labels: whether the head scores position t against label t + 1.
         obstacle: what the caller knows against it, or None.
 
@@ -131,9 +129,6 @@ class FusedHead:
             passes: m; 1 for a plain step.
             shift_labels: whether the head scores position t against label t + 1.
             alpha, label_smoothing: as for `linear_rdrop_loss`.
-
-        Returns:
-            Means over the valid labels; only `loss` carries a graph.
         """
         inputs = dict(inputs)
         labels = inputs.pop("labels")

@@ -3,6 +3,7 @@
 import warnings
 from typing import Any
 
+import datasets
 import evaluate
 import numpy as np
 from scipy import stats
@@ -73,6 +74,15 @@ class LocalMetric(evaluate.Metric):
         if predictions is None and references is None and self.writer is None:
             raise ValueError(f"{self.name}: nothing to score; give predictions and references, or add batches first.")
         return super().compute(predictions=predictions, references=references, **kwargs)
+
+
+def info(
+    description: str, inputs: str, predictions: Any, references: Any = None, **others: Any
+) -> evaluate.MetricInfo:
+    """Describe a metric to `evaluate`; references are of the type of predictions by default."""
+    types = {"predictions": predictions, "references": predictions if references is None else references}
+    others = {"citation": "", "features": datasets.Features(types)} | others
+    return evaluate.MetricInfo(description=description, inputs_description=inputs, **others)
 
 
 def check_config(metric: str, config_name: str, known: Any) -> str:

@@ -34,12 +34,8 @@ class Calibration(base.LocalMetric):
 
     def _info(self) -> evaluate.MetricInfo:
         probabilities: Any = datasets.Sequence(datasets.Value("float64"))
-        return evaluate.MetricInfo(
-            description="Calibration of class probabilities.",
-            citation="",
-            inputs_description="predictions: probabilities [N, C]; references: class indices [N].",
-            features=datasets.Features({"predictions": probabilities, "references": datasets.Value("int64")}),
-        )
+        inputs = "predictions: probabilities [N, C]; references: class indices [N]."
+        return base.info("Calibration of class probabilities.", inputs, probabilities, datasets.Value("int64"))
 
     def check_inputs(self, predictions: Any, references: Any) -> tuple[list, list]:
         probabilities = np.asarray(predictions, dtype=np.float64)

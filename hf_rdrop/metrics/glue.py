@@ -50,13 +50,8 @@ class Glue(base.LocalMetric):
     def _info(self) -> evaluate.MetricInfo:
         base.check_config("glue", self.config_name, GLUE_CONFIGS)
         value = datasets.Value("float64" if self.config_name == "stsb" else "int64")
-        return evaluate.MetricInfo(
-            description="Metrics of the GLUE tasks.",
-            citation=_CITATION,
-            inputs_description="predictions and references `[N]`: class indices, for stsb real numbers.",
-            features=datasets.Features({"predictions": value, "references": value}),
-            format="numpy",
-        )
+        inputs = "predictions and references `[N]`: class indices, for stsb real numbers."
+        return base.info("Metrics of the GLUE tasks.", inputs, value, citation=_CITATION, format="numpy")
 
     def check_inputs(self, predictions: Any, references: Any) -> tuple[list, list]:
         check: Any = partial(base.check_labels, binary=self.config_name in _ACCURACY_AND_F1)

@@ -41,14 +41,10 @@ class Rouge(base.LocalMetric):
     """
 
     def _info(self) -> evaluate.MetricInfo:
-        text = datasets.Value("string")
-        return evaluate.MetricInfo(
-            description="ROUGE-1, ROUGE-2 and ROUGE-L by rouge_score.",
-            citation=_CITATION,
-            inputs_description="predictions: strings; references: strings or lists of strings.",
-            features=datasets.Features({"predictions": text, "references": datasets.Sequence(text)}),
-            reference_urls=["https://github.com/google-research/google-research/tree/master/rouge"],
-        )
+        text, about = datasets.Value("string"), "ROUGE-1, ROUGE-2 and ROUGE-L by rouge_score."
+        inputs = "predictions: strings; references: strings or lists of strings."
+        urls = ["https://github.com/google-research/google-research/tree/master/rouge"]
+        return base.info(about, inputs, text, datasets.Sequence(text), citation=_CITATION, reference_urls=urls)
 
     def check_inputs(self, predictions: Any, references: Any) -> tuple[list, list]:
         return base.check_texts(self.name, predictions, references)

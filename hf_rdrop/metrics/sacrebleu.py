@@ -44,14 +44,10 @@ class SacreBleu(base.LocalMetric):
     """
 
     def _info(self) -> evaluate.MetricInfo:
-        text = datasets.Value("string")
-        return evaluate.MetricInfo(
-            description="Corpus BLEU and chrF by sacreBLEU.",
-            citation=_CITATION,
-            inputs_description="predictions: strings; references: strings or lists of strings.",
-            features=datasets.Features({"predictions": text, "references": datasets.Sequence(text)}),
-            reference_urls=["https://github.com/mjpost/sacrebleu"],
-        )
+        text, about = datasets.Value("string"), "Corpus BLEU and chrF by sacreBLEU."
+        inputs = "predictions: strings; references: strings or lists of strings."
+        urls = ["https://github.com/mjpost/sacrebleu"]
+        return base.info(about, inputs, text, datasets.Sequence(text), citation=_CITATION, reference_urls=urls)
 
     def check_inputs(self, predictions: Any, references: Any) -> tuple[list, list]:
         return base.check_texts("sacrebleu", predictions, references)

@@ -48,14 +48,10 @@ class Seqeval(base.LocalMetric):
     """
 
     def _info(self) -> evaluate.MetricInfo:
-        tags = datasets.Sequence(datasets.Value("string"))
-        return evaluate.MetricInfo(
-            description="Entity-level scores of tag sequences.",
-            citation=_CITATION,
-            inputs_description="predictions and references: lists of tag lists.",
-            features=datasets.Features({"predictions": tags, "references": tags}),
-            reference_urls=["https://github.com/chakki-works/seqeval"],
-        )
+        tags, inputs = datasets.Sequence(datasets.Value("string")), "predictions and references: lists of tag lists."
+        urls = ["https://github.com/chakki-works/seqeval"]
+        about = "Entity-level scores of tag sequences."
+        return base.info(about, inputs, tags, citation=_CITATION, reference_urls=urls)
 
     def check_inputs(self, predictions: Any, references: Any) -> tuple[list, list]:
         for index, (predicted, reference) in enumerate(zip(predictions, references, strict=True)):

@@ -45,12 +45,8 @@ class SequenceClassification(base.LocalMetric):
         feature: Any = datasets.Value("float64" if self.config_name == "regression" else "int64")
         if self.config_name == "multi_label_classification":
             feature = datasets.Sequence(feature)
-        return evaluate.MetricInfo(
-            description="Metrics for text classification and regression.",
-            citation="",
-            inputs_description="predictions and references: see the class.",
-            features=datasets.Features({"predictions": feature, "references": feature}),
-        )
+        inputs = "predictions and references: see the class."
+        return base.info("Metrics for text classification and regression.", inputs, feature)
 
     def check_inputs(self, predictions: Any, references: Any) -> tuple[list, list]:
         metric, multi = f"sequence_classification/{self.config_name}", self.config_name == "multi_label_classification"

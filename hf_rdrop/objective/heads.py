@@ -97,17 +97,11 @@ def valid_items(labels: Tensor, shift_labels: bool = False) -> Tensor:
 def items_to_compare(
     labels: Tensor, inputs: Mapping[str, Any], config: Any = None, shift_labels: bool = False
 ) -> Tensor:
-    """Mask the items to compare when rows without a label count too, in the shape of the labels.
+    """Mask the items to compare when rows without a label count too, in the shape of the labels `[B]`, `[B, T]`, ...
 
     A row with labels has the items that the loss counts. A row whose labels are all -100 has itself; with tags and
     tokens, every position that is no padding (by `attention_mask`); in an encoder-decoder, the decoder's positions (by
     `decoder_attention_mask` or the padding in `decoder_input_ids`), and always the first.
-
-    Args:
-        labels: `[B]`, `[B, T]` or `[B, K]`.
-        inputs: the batch, not repeated.
-        config: the model's configuration, or None.
-        shift_labels: whether the head predicts the next token.
     """
     if labels.dim() < 2 or labels.is_floating_point():
         return torch.ones_like(labels, dtype=torch.bool)
@@ -172,12 +166,7 @@ def find_logits(outputs: Any, rows: int, inputs: Mapping[str, Any] | None = None
 def resolve_head(config: Any, logits: Tensor, labels: Tensor, passes: int, shift_labels: bool = False) -> Head:
     """Decide how the passes are compared, by Transformers' own rules for `problem_type` (read, never set).
 
-    Args:
-        config: the model's configuration, or None.
-        logits: `[m * B, ...]`.
-        labels: `[B, ...]`.
-        passes: m.
-        shift_labels: whether the head predicts the next token.
+    The logits are `[m * B, ...]` of m passes, the labels `[B, ...]`; `config` may be None.
 
     Raises:
         ValueError: logits and labels do not fit a supported head.

@@ -39,8 +39,8 @@ class SubModels:
     """
 
     def __init__(self, model: nn.Module, *, layer_drop: float = 0.0, insert_dropout: float = 0.0) -> None:
-        for name, rate in {"layer_drop": layer_drop, "insert_dropout": insert_dropout}.items():
-            _check_rate(name, rate)
+        _check_rate("layer_drop", layer_drop)
+        _check_rate("insert_dropout", insert_dropout)
         self.model, self.differs = model, bool(layer_drop or insert_dropout)
         self._undo: list[Callable[[], Any]] = []
         try:

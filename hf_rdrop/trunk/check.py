@@ -90,10 +90,8 @@ def check_shared_trunk(
     the trunk is stopped.
 
     Args:
-        trunk: the trunk of the model.
-        model: the model as training calls it, perhaps in a wrapper.
-        inputs: a repeated batch, m * B rows.
-        passes: m, >= 2.
+        trunk, model: the trunk, and its model as training calls it, perhaps in a wrapper.
+        inputs, passes: a repeated batch of m * B rows, and m >= 2.
         batch_size: number of examples B; read off the labels or input ids by default.
         logits_of: takes the scores from outputs, given their number of rows and the batch before it was repeated.
 
