@@ -1,10 +1,9 @@
-"""Model cards: metadata that huggingface_hub takes, a body without gaps, code that runs, nothing of this machine."""
+"""Model cards of every head: metadata, facts of the run, code that runs, and nothing of this machine."""
 
 import json
 import math
 import re
 import socket
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,141 +12,25 @@ import transformers
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
-    ASTFeatureExtractor,
-    BertConfig,
-    BertForMaskedLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    PreTrainedTokenizerFast,
     Trainer,
-    set_seed,
 )
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
-from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from hf_rdrop import Consistency, RDropSeq2SeqTrainer, RDropTrainer
 from hf_rdrop.cards.card import PLOT
-from hf_rdrop.cards.evidence import read_comparison, read_consistency
-from hf_rdrop.cards.facts import describe_head, dropout_rates
-from hf_rdrop.cards.history import MAX_ROWS, curves_part, last_evaluation
-from hf_rdrop.cards.markdown import inline, is_hub_id, number, public, table
-from hf_rdrop.consistency import Score
-from support import ROOT
-from support.head_models import build, rows_of
-from support.training import HEADS, make_model, make_rows, train
-
-SHORT = ROOT / "model_cards" / "reference" / "short"
-MORE = ("question", "choice", "image", "audio")  # heads of head_models.py
-DATA = {"dataset_tags": "glue", "dataset": "GLUE MRPC", "dataset_args": "mrpc", "language": "en"}
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(request, monkeypatch):
-    """They take most of the time: only for the tests that ask for the fixture `pictures`."""
-    if "pictures" not in request.fixturenames:
-        monkeypatch.setattr("hf_rdrop.cards.card.plot_curves", lambda *_: False)
-
-
-@pytest.fixture
-def pictures():
-    pass
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A trainer for the tests that only ask it for cards."""
-    return run(tmp_path_factory.mktemp("trained"))
-
-
-def make_tokenizer():
-    words = ["<pad>", "</s>", "<mask>", "<unk>", "a", "text", "of", "your", "own", ".", "A"]
-    words += [f"w{i}" for i in range(40 - len(words))]
-    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=made,
-        pad_token="<pad>",
-        eos_token="</s>",
-        mask_token="<mask>",
-        unk_token="<unk>",
-        model_input_names=["input_ids", "attention_mask"],
-    )
-
-
-def make_processor(head):
-    if head == "image":
-        return ViTImageProcessorPil(size={"height": 8, "width": 8}, image_mean=[0.5], image_std=[0.5])
-    return ASTFeatureExtractor(num_mel_bins=8, max_length=8) if head == "audio" else make_tokenizer()
-
-
-def make_language_model(kind):
-    set_seed(0)
-    small = {"vocab_size": 40, "initializer_range": 0.3}
-    if kind == "causal":
-        config = GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=128, eos_token_id=1, bos_token_id=1, **small)
-        return GPT2LMHeadModel(config)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    return BertForMaskedLM(BertConfig(**sizes, **small))
-
-
-def run(tmp_path, head="single", model=None, **args):
-    """A trained trainer with a tokenizer in tmp_path/model, evaluated every epoch and at the end."""
-    rows = None
-    if head in ("causal", "masked"):
-        model = model or make_language_model(head)
-        rows = [{**row, "labels": row["input_ids"]} for row in make_rows("single", 32)]
-    elif head in MORE:
-        model, rows = model or build(head, 0.1), rows_of(head, 32)
-    kwargs = {"processing_class": make_processor(head), **args.pop("trainer_kwargs", {})}
-    trainer = train(
-        model if model is not None else make_model(head),
-        "single" if rows else head,
-        RDropSeq2SeqTrainer if head == "seq2seq" else RDropTrainer,
-        rows=rows,
-        trainer_kwargs=kwargs,
-        **{"output_dir": str(tmp_path / "model"), "max_steps": 4, "eval_strategy": "no", **args},
-    )
-    if rows:
-        trainer.eval_dataset = rows[:8]
-    trainer.evaluate()
-    return trainer
-
-
-def card(trainer, *args, **kwargs):
-    """The card's text, after the checks that hold for every card."""
-    trainer.create_model_card(*args, **kwargs)
-    path = Path(trainer.args.output_dir) / "README.md"
-    text = path.read_text("utf-8")
-    loaded = ModelCard.load(path)  # checks the metadata, model-index included
-    assert ModelCard(str(loaded)).data.to_dict() == loaded.data.to_dict()
-    assert "More information needed" not in text and "{%" not in text
-    assert not re.search(r"\bNone\b|\bundefined\b", text) and "\n\n\n" not in text
-    assert not list(path.parent.glob(".*.part"))
-    return text
-
-
-def section(text, title):
-    return re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", text, flags=re.MULTILINE | re.DOTALL)[1]
-
-
-def data_of(trainer):
-    return ModelCard.load(Path(trainer.args.output_dir) / "README.md").data
-
-
-def run_usage(text, places, capsys):
-    """Execute the card's Python with folders in the place of names; what it printed."""
-    (code,) = re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
-    for name, folder in places.items():
-        assert f'"{name}"' in code
-        code = code.replace(f'"{name}"', repr(str(folder)))
-    code = code.replace("max_new_tokens=64", "max_new_tokens=4")  # these models have 32 positions
-    names = {}
-    capsys.readouterr()
-    exec(compile(code, "card", "exec"), names)
-    return names, capsys.readouterr().out
-
+from hf_rdrop.cards.facts import dropout_rates
+from support.cards import (
+    DATA,
+    MORE,
+    SHORT,
+    card,
+    data_of,
+    make_language_model,
+    run,
+    run_usage,
+    section,
+)
+from support.training import HEADS, make_model, make_rows
 
 # ---- Every head ----
 
@@ -373,158 +256,6 @@ def test_base_class_fails_halfway(tmp_path, monkeypatch):
     assert trainer.args.output_dir == str(tmp_path / "model")
 
 
-# ---- What was logged ----
-
-
-def line(step, epoch, ce, kl, alpha=2.0, **more):
-    parts = {"loss": ce + alpha / 2 * kl, "ce_loss": ce, "kl_loss": kl, "kl_share": alpha / 2 * kl / ce}
-    return {"step": step, "epoch": epoch, **parts, **more}
-
-
-def test_curves_by_epoch():
-    head = describe_head(make_model("single"))
-    history = [
-        line(10, 0.5, 4.0, 0.4),
-        line(40, 1.0, 2.0, 0.8),  # 30 steps: three times the weight
-        {"step": 40, "epoch": 1.0, "eval_loss": 1.5, "eval_runtime": 3.0},
-        line(60, 1.5, 1.0, 0.5),
-    ]
-    lines = curves_part(history, head, 2.0)["table"].splitlines()
-    assert lines[0] == "| epoch | step | loss | CE | KL | alpha/2 x KL over CE | evaluation loss |"
-    assert lines[2] == "| 1 | 40 | 3.2 | 2.5 | 0.7 | 28.0% | 1.5 |"
-    assert lines[3] == "| 1.5 | 60 | 1.5 | 1 | 0.5 | 50.0% | – |"
-    long = [line(i, i, 1.0, 0.1) for i in range(1, 101)]
-    part = curves_part(long, head, 2.0)
-    shown = [row.split(" | ")[0] for row in part["table"].splitlines()[2:]]
-    assert part["thinned"] and len(shown) == MAX_ROWS and shown[0] == "| 1" and shown[-1] == "| 100"
-    assert curves_part([], head, 2.0) is None
-    plain = curves_part([line(10, 1.0, 2.0, 0.0)], head, 0.0)["table"]
-    assert "KL" not in plain and "| 1 | 10 | 2 |" in plain
-
-
-def test_the_scores_of_the_weights_as_they_are(tmp_path):
-    trainer = run(tmp_path)
-    state = trainer.state
-    within = [{"step": s, "epoch": s, "eval_accuracy": s / 10, "eval_loss": 1.0} for s in (1, 2, 3)]
-    state.log_history = [*within, {"train_runtime": 1.0, "step": 4}]
-    assert last_evaluation(trainer.state, trainer.args) == {
-        "metrics": {"accuracy": 0.3, "loss": 1.0},
-        "step": 3,
-        "best": False,
-    }
-    assert "at step 3 of 4" in card(trainer)
-    trainer.args.load_best_model_at_end, state.best_global_step = True, 2
-    assert last_evaluation(trainer.state, trainer.args)["metrics"]["accuracy"] == 0.2
-    assert "the best checkpoint" in card(trainer)
-    # several evaluation sets give several lines; what was measured after training counts most
-    state.log_history += [{"step": 4, "eval_a_accuracy": 0.7}, {"step": 4, "eval_b_accuracy": 0.8}]
-    assert last_evaluation(trainer.state, trainer.args)["metrics"] == {"a_accuracy": 0.7, "b_accuracy": 0.8}
-
-
-def test_economies_and_an_inert_term_are_told(tmp_path):
-    trainer = run(
-        tmp_path, rdrop_shared_layers=1, rdrop_interval=2, rdrop_passes=3, rdrop_alpha=1e-6, label_smoothing_factor=0.2
-    )
-    text = section(card(trainer), "R-Drop")
-    assert "first 1 of 2 layers" in " ".join(text.split()) and "one of every 2 optimizer steps" in text
-    assert "mean_j CE_j + 5e-07 * mean_(i<j) sKL(P_i, P_j)" in text and "label smoothing 0.2" in text
-    assert "hardly changed the training" in text
-
-
-# ---- Variants of the objective ----
-
-VARIANTS = {
-    "agreement": (
-        {"rdrop_agreement": "jensen_shannon + 0.1 * hidden_states"},
-        [
-            *("(CE_1 + CE_2) / 2 + 1 * A(P_1, P_2)", "A = jensen_shannon + 0.1 * hidden_states", "1/2 KL(P||M)"),
-            *("averaged over layers,", "CE and what compares predictions are means", "within each micro-batch"),
-        ],
-    ),
-    "factor": ({"rdrop_agreement": "2 * symmetric_kl"}, ["1 * A(P_1, P_2)", "A = 2 * symmetric_kl"]),
-    "schedule": (
-        {"rdrop_alpha_schedule": "linear", "rdrop_alpha_warmup": 0.5},
-        ["`rdrop_alpha` 2 in the end", "rose to this value linearly over the first 50% of the optimizer steps"],
-    ),
-    "ramp": (
-        {"rdrop_alpha_schedule": "sigmoid", "rdrop_alpha_warmup": 1.0},
-        ["rose to this value as exp(-5 (1 - t)^2) for t from 0 to 1 over the whole training", "alpha / 2 * sKL was"],
-    ),
-    "steps": (
-        {"rdrop_alpha_schedule": "linear", "rdrop_alpha_warmup": 3},
-        ["linearly over the first 3 steps"],
-    ),
-    "sources": (
-        {"rdrop_layer_drop": 0.1},
-        ["each row skipped each hidden layer with probability 0.1", "(CE_1 + CE_2) / 2 + 1 * sKL"],
-    ),
-    "inserted": (
-        {"head": "causal", "rdrop_insert_dropout": 0.2},
-        ["dropout of rate 0.2 was put on the outputs of the attention and feed-forward blocks (the saved model has"],
-    ),
-    "unlabeled": (
-        {"rdrop_unlabeled": True},
-        ["CE is a mean over the labelled rows", "one over those of all its rows"],
-    ),
-}
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_variants_are_told(variant, tmp_path):
-    args, told = VARIANTS[variant]
-    text = card(run(tmp_path, rdrop_alpha=2.0, **args))
-    part = " ".join(section(text, "R-Drop").split())
-    for words in told:
-        assert words in part
-    assert ("sKL" in part) == ("A =" not in part)
-    assert ("rose to" in part) == ("rdrop_alpha_schedule" in args)
-    assert ("Sources of sub-models" in part) == (variant in ("sources", "inserted"))
-    assert ("labelled" in part) == (variant == "unlabeled")
-    column = "disagreement" if "A =" in part else "KL"
-    assert f"| CE | {column} | alpha/2 x {column} over CE |" in text
-    opening = text.partition("## ")[0]
-    assert ("dropout masks" in opening) == (variant not in ("sources", "inserted"))
-    assert "2 passes" in opening
-
-
-def test_the_default_is_told_without_variants(trained):
-    part = section(card(trained), "R-Drop")
-    variants = ("A =", "rose to", "Sources", "labelled", "in the end", "logits_for_agreement")
-    for words in (*variants, "no gradient"):
-        assert words not in part
-
-
-@pytest.mark.parametrize("head", ["multi", "regression"])
-def test_another_agreement_of_other_heads(head, tmp_path):
-    text = card(run(tmp_path, head, rdrop_agreement="squared_logits"))
-    part = " ".join(section(text, "R-Drop").split())
-    if head == "multi":
-        assert "(BCE_1 + BCE_2) / 2 + 0.5 * A(P_1, P_2)" in part and "each by itself (Bernoulli)" in part
-        assert "the squared difference of the scores before" in part
-    else:
-        assert "`squared_logits`: the squared difference of the predictions." in part and "probabilit" not in part
-        assert "| MSE | disagreement |" in text
-
-
-def test_the_share_follows_the_schedule(tmp_path):
-    """By the alpha of each log line, not by the last one."""
-    trainer = run(tmp_path, rdrop_alpha=2.0, rdrop_alpha_schedule="linear", rdrop_alpha_warmup=1.0, logging_steps=4)
-    (logged,) = [entry for entry in trainer.state.log_history if "kl_share" in entry]
-    assert logged["rdrop_alpha"] < 1.9
-    assert f"| {logged['kl_share']:.1%} |" in section(card(trainer), "Training by epoch")
-
-
-def test_a_function_for_the_agreement_is_told(tmp_path):
-    def logits(outputs, inputs):
-        return outputs.logits
-
-    trainer = run(tmp_path, trainer_kwargs={"logits_for_agreement": logits}, rdrop_alpha=2.0)
-    text = card(trainer)
-    part = " ".join(section(text, "R-Drop").split())
-    assert "(CE_1 + CE_2) / 2 + 1 * A(P_1, P_2)" in part and "`logits_for_agreement`" in part
-    assert "| CE | disagreement |" in text
-
-
 def test_without_a_processor(tmp_path):
     for head, name in (("image", "image processor"), ("audio", "feature extractor"), ("choice", "tokenizer")):
         trainer = run(tmp_path / head, head, trainer_kwargs={"processing_class": None})
@@ -537,122 +268,3 @@ def test_dropout_rates():
     model.dropout.p = 0.3
     assert dropout_rates(model) == "0.3 (dropout modules: 1); 0.1 (dropout modules: 7)"
     assert dropout_rates(torch.nn.Linear(2, 2)) == ""
-
-
-def test_without_matplotlib(tmp_path, monkeypatch, pictures):
-    trainer = run(tmp_path)
-    assert f"({PLOT})" in card(trainer)
-    (tmp_path / "model" / PLOT).unlink()
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    text = card(trainer)
-    assert PLOT not in text and "| epoch | step |" in text and not (tmp_path / "model" / PLOT).exists()
-
-
-# ---- Comparison and consistency ----
-
-
-def test_comparison(trained):
-    trainer = trained
-    text = section(
-        card(trainer, comparison=str(SHORT / "comparison.json"), **DATA), "Comparison with plain fine-tuning"
-    )
-    assert "not of this model" in text and "`mrpc`" in text
-    # the figures of the report beside it
-    assert "| rdrop | 3 | 76.63 ± 0.37 | +0.25 [-1.23, +1.72] | 1.81x | 1.53x |" in text
-    assert "| baseline | 3 | 76.39 ± 1.11 | – | 1.00x | 1.00x |" in text and "75%" in text
-    report = (SHORT / "comparison.md").read_text("utf-8")
-    assert "76.63 ± 0.37" in report and "+0.25 [-1.23, +1.72]" in report
-
-
-def test_which_task_of_a_comparison():
-    found = json.loads((SHORT / "comparison.json").read_text("utf-8"))
-    assert read_comparison(found, ["rdrop-CoLA"])["task"] == "cola"
-    assert read_comparison((found, "sst2"), ["cola"])["task"] == "sst2"
-    assert read_comparison({"rows": [row for row in found["rows"] if row["task"] == "mrpc"]})["task"] == "mrpc"
-    assert read_comparison(None) is None
-    for names in ((), ("qqp",), ("cola", "sst2")):
-        with pytest.raises(ValueError, match="sst2, mrpc, cola"):
-            read_comparison(found, names)
-    with pytest.raises(ValueError, match="no task 'qqp'"):
-        read_comparison((found, "qqp"))
-    assert read_comparison({"rows": [{**found["rows"][0], "differences": {}}]})["coverage"] == "75"
-    of_a_loss = [{**row, "lower_is_better": True} for row in found["rows"] if row["task"] == "mrpc"]
-    assert "lower is better | gain over baseline" in read_comparison({"rows": of_a_loss})["table"]
-
-
-def make_consistency(score=0.75):
-    scores = {"loss": Score(0.5, (0.6, 0.8), (0.6, 0.55)), "accuracy": Score(score, (0.5, 0.75), (0.5, 0.75))}
-    return Consistency(2, 8, scores, 0.25, 0.125, (0.1, 0.0625))
-
-
-def test_consistency(tmp_path, trained):
-    trainer = trained
-    found = make_consistency()
-    (tmp_path / "consistency.json").write_text(json.dumps({"validation": found.to_dict()}), "utf-8")
-    first = card(trainer, consistency=found)
-    for source in (found.to_dict(), {"validation": found.to_dict()}, tmp_path / "consistency.json"):
-        assert card(trainer, consistency=source) == first
-    text = section(first, "Is dropout off what the ensemble of sub-models would be?")
-    assert "| loss | 0.5000 | 0.7000 ± 0.1414 | 0.5500 |" in text
-    assert "| 8 | 2 | 0.25 | 0.125 | 0.0625 |" in text and "nats" in text
-    several = {"models": {"base": {"validation": found.to_dict()}, "r|d": {"validation": found.to_dict()}}}
-    text = section(card(trainer, consistency=several), "Is dropout off what the ensemble of sub-models would be?")
-    assert "| base | loss |" in text and r"| r\|d | accuracy |" in text and "not about all" in text
-    two = read_consistency({"matched": found.to_dict(), "mismatched": found.to_dict()})
-    assert "| mismatched | loss |" in two["scores"] and not two["several_models"]
-
-
-BROKEN = ("{", "[1]", "{}", '{"rows": []}', '{"rows": [{"task": "a"}]}', '{"a": {"scores": 1}}', '{"a": 1}')
-
-
-@pytest.mark.parametrize("read", [read_comparison, read_consistency])
-@pytest.mark.parametrize("content", [None, 3, *BROKEN])
-def test_broken_evidence(read, content, tmp_path):
-    source = tmp_path / "evidence.json"
-    if isinstance(content, str):
-        source.write_text(content, "utf-8")
-    with pytest.raises(ValueError, match=r": give |: finish it"):
-        read(3 if content == 3 else source)
-
-
-@pytest.mark.parametrize("argument", ["comparison", "consistency"])
-def test_broken_evidence_is_refused_before_anything_is_written(argument, trained, tmp_path):
-    before = card(trained)
-    with pytest.raises(ValueError, match="cannot be read"):
-        trained.create_model_card(**{argument: tmp_path / "none.json"})
-    assert (Path(trained.args.output_dir) / "README.md").read_text("utf-8") == before
-
-
-# ---- Text ----
-
-
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("/home/alice/x/model", "model"),
-        (r"C:\Users\alice\model", "model"),
-        ("~/models/tiny/", "tiny"),
-        ("file:///home/alice/data.csv", "data.csv"),
-        ("--data_dir=/home/alice/d and ../q/r", "--data_dir=d and r"),
-        ("org/name", "org/name"),
-        ("WMT14 en/de", "WMT14 en/de"),
-        ("https://huggingface.co/org/name", "https://huggingface.co/org/name"),
-        ("$DATA/sst2/train.jsonl.gz", "$DATA/sst2/train.jsonl.gz"),
-    ],
-)
-def test_public(text, shown):
-    assert public(text) == shown
-
-
-def test_relative_folders_are_no_hub_names(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "outputs" / "base").mkdir(parents=True)
-    assert not is_hub_id("outputs/base") and public("outputs/base") == "base"
-    assert is_hub_id("org/base") and not is_hub_id("") and not is_hub_id(None) and not is_hub_id("a b")
-
-
-def test_cells():
-    assert table(["a"], [[inline("x|y")]]).splitlines()[-1] == r"| x\|y |"
-    assert [number(value) for value in (None, 3, 0.123456, 123456.7, math.inf, "a_b")] == [
-        *("–", "3", "0.1235", "123457", "inf", "a_b")
-    ]
