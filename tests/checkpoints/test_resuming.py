@@ -8,10 +8,13 @@ import sys
 import time
 
 import pytest
+import torch
 
-from support import ROOT, faults
+from hf_rdrop import RDropSeq2SeqTrainer, RDropTrainer
+from support import ROOT, faults, settings
 from support.faults import finish, plain_run, script_run, start
 from support.killed_runs import SCHEDULE, assert_same_results, assert_same_run, glue_like, ragged_rows
+from support.training import step_logs
 
 CONFIGS = {
     "plain": {},
@@ -28,6 +31,46 @@ def whole(request, tmp_path_factory):
     folder, args = tmp_path_factory.mktemp("whole"), {**SCHEDULE, **CONFIGS[request.param]}
     assert finish(plain_run, folder / "log.txt", folder / "out", ragged_rows(), **args) == 0
     return folder / "out", args
+
+
+# ---- Within one process ----
+
+RESUMED = [
+    ("single", "default"),
+    ("multi", "three passes"),
+    ("regression", "plain"),
+    ("token", "shared layer + interval"),
+    ("token", "label smoothing"),
+    ("seq2seq", "fused head + schedule"),
+    ("causal", "inserted dropout"),
+    ("choice", "two divergences"),
+    ("masked", "hidden states"),
+    ("image", "layer drop"),
+    ("question", "unlabeled"),
+    ("tuple", "default"),
+]
+
+
+@pytest.mark.parametrize(("head", "option"), RESUMED)
+def test_resumed_is_the_uninterrupted_run(head, option, tmp_path):
+    """From a checkpoint within an epoch and between two log lines, with dropout: bit for bit, and so are the logs."""
+    args = {"dropout": 0.3, "size": 8, "rows": settings.rows_for(head, option, 32), "max_steps": 6, "logging_steps": 3}
+    args |= {"save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", "learning_rate": 1e-3}
+
+    class Resuming(RDropSeq2SeqTrainer if head == "seq2seq" else RDropTrainer):
+        def train(self):
+            return super().train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+
+    assert settings.fits(head, option)
+    whole = settings.run(head, option, output_dir=str(tmp_path / "whole"), **args)
+    resumed = settings.run(head, option, output_dir=str(tmp_path / "again"), trainer_class=Resuming, **args)
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True))
+    lines = step_logs(whole)
+    assert [line["step"] for line in lines] == [3, 6] and step_logs(resumed) == lines
+    for line in lines:
+        alpha = line.get("rdrop_alpha", whole.args.rdrop_alpha)
+        assert line["loss"] == pytest.approx(line["ce_loss"] + alpha / 2 * line["kl_loss"], rel=1e-5)
+        assert (line["kl_loss"] > 0) == (option != "plain")
 
 
 # ---- Killed ----
