@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
-from ..fused.head import find_head
+from ..fused.head import find_output_embeddings
 from ..trunk.shared import find_layer_stacks
 
 # Names of attention dropout in configurations; with it, no kernel of the CPU avoids keeping the probabilities.
@@ -99,7 +99,7 @@ def describe_model(model: nn.Module, inputs: Mapping[str, Any], *, itemsize: int
     batch: list[Any] = [inputs.get(name) for name in ("labels", "input_ids")]
     sizes: list[Any] = [getattr(config, name, None) for name in ("num_attention_heads", "hidden_size")]
     (labels, tokens), (heads, width) = batch, sizes
-    stacks, matrices, is_lm = find_layer_stacks(model), _matrices(model), find_head(model) is not None
+    stacks, matrices, is_lm = find_layer_stacks(model), _matrices(model), find_output_embeddings(model) is not None
     readable = [isinstance(x, Tensor) for x in batch] + [isinstance(x, int) for x in sizes]
     if not (stacks and matrices and all(readable)):
         return None

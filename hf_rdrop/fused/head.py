@@ -46,7 +46,7 @@ def choose_fused_head(
     Raises:
         ValueError: it is impossible and `mode` is `"on"`.
     """
-    if mode == "off" or (mode == "auto" and find_head(model) is None):
+    if mode == "off" or (mode == "auto" and find_output_embeddings(model) is None):
         return None
     try:
         head = FusedHead(model)
@@ -68,7 +68,7 @@ def choose_fused_head(
         return None
 
 
-def find_head(model: Any) -> nn.Module | None:
+def find_output_embeddings(model: Any) -> nn.Module | None:
     """Return the module that makes a language model's logits, None for every other model."""
     return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
@@ -86,7 +86,7 @@ class FusedHead:
 
     def __init__(self, model: nn.Module) -> None:
         name = type(model).__name__
-        head = find_head(model)
+        head = find_output_embeddings(model)
         if head is None:
             raise ValueError(f"{name} has no language-model head (output embeddings)")
         # By its forward and not by its type, which FSDP replaces by a subclass.
