@@ -36,6 +36,6 @@ def test_it_is_logged_where_info_is_on(level, tmp_path, capsys, caplog):
     assert record.name == "hf_rdrop.training.first_batch" and capsys.readouterr().err == ""
 
 
-def test_other_processes_and_plain_training_show_nothing(capsys):
+def test_plain_training_shows_nothing(capsys):
     train(make_model("single"), rdrop_alpha=0.0)
     assert "x the time" not in capsys.readouterr().err
