@@ -1,4 +1,4 @@
-"""Loss and gradients do not depend on how the rows of a step are divided up; with alpha 0 they are the Trainer's own."""
+"""Loss and gradients are the same however the rows of a step are divided; with alpha 0 they are the Trainer's own."""
 
 import pytest
 import torch
