@@ -1,5 +1,4 @@
-"""What the passes are asked to agree on: values and gradients against naive float64 loops, edges, and how the
-agreements compare with each other."""
+"""The divergences between passes: values and gradients against naive float64 loops, edges, and how they compare."""
 
 import math
 

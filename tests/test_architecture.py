@@ -1,6 +1,9 @@
-"""The order of imports in hf_rdrop, and that no module reaches into another's private names."""
+"""The order of imports in hf_rdrop, what they load, and that no module reaches into another's private names."""
 
 import ast
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -117,3 +120,38 @@ def test_no_private_name_of_one_module_is_used_in_another(files):
 def test_the_check_sees_a_private_name_reached_into():
     defined, used = private_names(ast.parse("from .x import _helper\nprint(thing._state)\nself._own = 1"))
     assert used == {"_helper", "_state"} and defined == {"_own"}
+
+
+# ---- What is loaded when ----
+
+IMPORTS = """
+import sys
+import hf_rdrop
+heavy = ("torch", "transformers", "accelerate", "huggingface_hub")
+assert not {*heavy} & sys.modules.keys(), "import hf_rdrop"
+assert {*hf_rdrop.__all__} <= {*dir(hf_rdrop)}, "dir"
+from hf_rdrop.functional import symmetric_kl
+assert "torch" in sys.modules and not {*heavy[1:]} & sys.modules.keys(), "hf_rdrop.functional"
+assert hf_rdrop.functional.symmetric_kl is symmetric_kl
+assert len(hf_rdrop.__all__) == 14
+for name in hf_rdrop.__all__:
+    assert getattr(hf_rdrop, name) is not None, name
+from hf_rdrop import *
+assert RDropTrainer is hf_rdrop.trainer.RDropTrainer and __version__ == hf_rdrop.version.__version__
+try:
+    hf_rdrop.nothing
+except AttributeError as error:
+    assert "no attribute 'nothing'" in str(error)
+else:
+    raise AssertionError
+print("right")
+"""
+
+
+def test_names_are_loaded_when_they_are_first_used():
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True, env=environment)
+    assert done.stdout == "right\n", done.stderr
+    attribute = "import hf_rdrop; print(hf_rdrop.functional.__name__)"
+    done = subprocess.run([sys.executable, "-c", attribute], capture_output=True, text=True, env=environment)
+    assert done.stdout == "hf_rdrop.functional\n", done.stderr

@@ -1,3 +1,5 @@
+"""What is random in models of many families: found, named, and set to another rate."""
+
 import copy
 import math
 

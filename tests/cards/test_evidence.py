@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hf_rdrop import Consistency
-from hf_rdrop.cards.evidence import read_comparison, read_consistency
+from hf_rdrop.cards.evidence import FORMAT, read_comparison, read_consistency
 from hf_rdrop.consistency import Score
 from support.cards import (
     DATA,
@@ -86,3 +86,23 @@ def test_broken_evidence_is_refused_before_anything_is_written(argument, trained
     with pytest.raises(ValueError, match="cannot be read"):
         trained.create_model_card(**{argument: tmp_path / "none.json"})
     assert (Path(trained.args.output_dir) / "README.md").read_text("utf-8") == before
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (FORMAT + 1, rf"has format {FORMAT + 1}, and this hf_rdrop reads formats up to {FORMAT}: update it"),
+        ("1", "its format is '1', no number"),
+        (None, "its format is None, no number"),
+    ],
+)
+def test_a_comparison_of_another_format_is_refused(number, message, trained):
+    found = json.loads((SHORT / "comparison.json").read_text("utf-8"))
+    before = card(trained)
+    with pytest.raises(ValueError, match=message):
+        read_comparison({**found, "format": number}, ["mrpc"])
+    with pytest.raises(ValueError, match=message):
+        trained.create_model_card(comparison=({**found, "format": number}, "mrpc"))
+    assert (Path(trained.args.output_dir) / "README.md").read_text("utf-8") == before
+    older = {name: value for name, value in found.items() if name != "format"}  # from before it had a number
+    assert read_comparison(older, ["mrpc"]) == read_comparison(found, ["mrpc"])

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from finetuning.run import find_checkpoint
 from hf_rdrop import RDropTrainer
 from hf_rdrop.checkpoints import CheckpointError, check_checkpoint, find_damage, last_finished, saving
+from hf_rdrop.checkpoints.integrity import checkpoint_to_resume
 from support.training import make_model, train
 
 FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "config.json", "trainer_state.json")
@@ -141,3 +142,20 @@ def test_a_checkpoint_written_anew_is_unfinished_until_it_is_whole(checkpoints):
     with pytest.raises(CheckpointError, match=r"No space left on device .*checkpoint-10\b"), saving(checkpoint):
         raise RuntimeError from OSError(errno.ENOSPC, "No space left on device")
     assert not checkpoint.exists() and (checkpoints / "checkpoint-10").exists()
+
+
+def test_going_on_without_a_finished_checkpoint_says_what_to_do(tmp_path, caplog):
+    assert checkpoint_to_resume(None, tmp_path) is None and checkpoint_to_resume(False, tmp_path) is None
+    message = (
+        r"^resume_from_checkpoint=True: .* holds no complete checkpoint\. Start anew in another output folder, or name"
+    )
+    with pytest.raises(ValueError, match=message):
+        checkpoint_to_resume(True, tmp_path / "none")
+    (tmp_path / "checkpoint-3").mkdir()
+    with pytest.raises(ValueError, match=message):
+        checkpoint_to_resume(True, tmp_path)
+    assert "checkpoint-3 is passed over, as it is unfinished" in caplog.text
+    with pytest.raises(ValueError, match=r"^--resume_from_checkpoint True: "):
+        checkpoint_to_resume(True, tmp_path, "--resume_from_checkpoint {}")
+    with pytest.raises(ValueError, match="No checkpoint beside it is whole: start anew in another folder"):
+        checkpoint_to_resume(str(tmp_path / "checkpoint-3"), tmp_path)

@@ -45,7 +45,7 @@ RESUMED = [
     ("causal", "inserted dropout"),
     ("choice", "two divergences"),
     ("masked", "hidden states"),
-    ("image", "layer drop"),
+    ("gpt2", "layer drop"),
     ("question", "unlabeled"),
     ("tuple", "default"),
 ]
@@ -65,11 +65,11 @@ def test_resumed_is_the_uninterrupted_run(head, option, tmp_path):
     whole = settings.run(head, option, output_dir=str(tmp_path / "whole"), **args)
     resumed = settings.run(head, option, output_dir=str(tmp_path / "again"), trainer_class=Resuming, **args)
     assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True))
-    lines = step_logs(whole)
+    lines, rel = step_logs(whole), 1e-4 if "schedule" in option else 1e-5
     assert [line["step"] for line in lines] == [3, 6] and step_logs(resumed) == lines
     for line in lines:
         alpha = line.get("rdrop_alpha", whole.args.rdrop_alpha)
-        assert line["loss"] == pytest.approx(line["ce_loss"] + alpha / 2 * line["kl_loss"], rel=1e-5)
+        assert line["loss"] == pytest.approx(line["ce_loss"] + alpha / 2 * line["kl_loss"], rel=rel)
         assert (line["kl_loss"] > 0) == (option != "plain")
 
 

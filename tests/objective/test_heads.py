@@ -1,5 +1,4 @@
-"""Heads beside those of `support.training.HEADS`: question answering, multiple choice, language models, images, sound,
-plain modules, and what `logits_for_agreement` makes of any model's outputs."""
+"""Question answering, multiple choice, language models, images, sound, plain modules, and `logits_for_agreement`."""
 
 from collections.abc import Callable
 from typing import NamedTuple

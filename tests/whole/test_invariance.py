@@ -1,5 +1,4 @@
-"""However the rows of an optimizer step are divided up, the loss and the gradients are the same; alpha 0 is the
-plain Trainer where that one is right."""
+"""Loss and gradients are the same however the rows of a step are divided; with alpha 0 they are the Trainer's own."""
 
 import pytest
 import torch
