@@ -122,7 +122,9 @@ class RDropMixin(CleanPushMixin, ResumeMixin, _AnyTrainer):
         inputs = without_answers(inputs, run.model)
         if not model.training:
             # A copy, because the Trainer pops the labels off the dict when it smooths them.
-            found: Any = super().compute_loss(model, dict(inputs), return_outputs, num_items_in_batch=None)
+            found: Any = super().compute_loss(
+                model, dict(inputs), return_outputs=return_outputs, num_items_in_batch=None
+            )
             loss, outputs = found if return_outputs else (found, None)
             if (count := run.items.labelled(inputs)) is not None:
                 loss = torch.where(count > 0, loss, 0)  # as in training: not nan for rows without a valid item
@@ -164,6 +166,8 @@ class RDropMixin(CleanPushMixin, ResumeMixin, _AnyTrainer):
 
         (In place of the base class's count, which does not know what each head's own loss averages over.)
         """
+        if batch_samples and self.model_wrapped.training:
+            self.rdrop_run.measure(self.model_wrapped, self._prepare_inputs(batch_samples[0]))
         across = self.args.average_tokens_across_devices and self.args.world_size > 1
         return self.rdrop_run.items.of_step(batch_samples, device, self.accelerator.gather if across else None)
 

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from ..fused.head import FusedHead, choose_fused_head
+from ..fused.head import FusedHead, choose_fused_head, find_head
 from ..objective.batch_layout import BatchLayout
 from ..objective.batch_loss import BatchLoss, Objective
 from ..objective.heads import find_logits
 from ..objective.parent_loss import ParentLoss
+from ..objective.scored import measure_shift
 from ..sub_models import SubModels
 from ..training_args import REMOVED, check_removed
 from ..trunk.check import check_shared_trunk
@@ -61,9 +62,35 @@ class TrainingRun:
         self.trunk: SharedTrunk | None = None
         self.fused_head: FusedHead | None = None
         self._sub_models: SubModels | None = None
-        self._prepared = self._tried_out = False
+        self._prepared = self._tried_out = self._measured = False
         self.items = ItemCounts(layout, unlabeled=False)
         self.read(Settings.of(args))
+
+    def measure(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+        """Measure on the first batch which positions a language model's loss scores; its class only suggests it.
+
+        Args:
+            model: the model as training calls it.
+            inputs: the batch on the device, not repeated.
+
+        Raises:
+            ValueError: when alpha is above 0 and it cannot be known which predictions count.
+        """
+        if self._measured:
+            return
+        self._measured, labels = True, inputs.get("labels")
+        is_lm = isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point()
+        if not is_lm or find_head(self.model) is None or getattr(self.model, "is_quantized", False):
+            return  # (An evaluation-mode forward repacks 4-bit weights for inference.)
+        try:
+            shifts = measure_shift(self.model, getattr(model, "_orig_mod", model), inputs, labels)
+        except ValueError:
+            if self.settings.alpha and self.logits_for_agreement is None and self.parent_loss.reader is None:
+                raise
+            return
+        if shifts is not None and shifts != self.layout.shifts_labels:
+            self.layout = self.items.layout = self.layout._replace(shifts_labels=shifts)
+            self.read(self.settings)
 
     def read(self, settings: Settings) -> None:
         """Take over settings that may have changed between steps; the trunk and the fused head stay as they are."""
@@ -133,6 +160,7 @@ class TrainingRun:
             plan: of the optimizer step.
             return_outputs: whether the outputs are asked for, so that no fused head can take their place.
         """
+        self.measure(model, inputs)
         labels = self.layout.labels(inputs)
         if self.settings.unlabeled and labels is not None and labels.is_floating_point():
             check_loss_of_labelled_rows(self.parent_loss.reader)
