@@ -12,7 +12,7 @@ from ..fused.head import FusedHead, choose_fused_head, find_head
 from ..objective.batch_layout import BatchLayout
 from ..objective.batch_loss import BatchLoss, Objective
 from ..objective.heads import find_logits
-from ..objective.parent_loss import ParentLoss
+from ..objective.parent_loss import ParentLoss, check_repeated_loss
 from ..objective.scored import measure_shift
 from ..sub_models import SubModels
 from ..training_args import REMOVED, check_removed
@@ -79,8 +79,9 @@ class TrainingRun:
         if self._measured:
             return
         self._measured, labels = True, inputs.get("labels")
-        is_lm = isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point()
-        if not is_lm or find_head(self.model) is None or getattr(self.model, "is_quantized", False):
+        if not isinstance(labels, Tensor) or labels.dim() != 2 or labels.is_floating_point():
+            return
+        if find_head(self.model) is None or getattr(self.model, "is_quantized", False):
             return  # (An evaluation-mode forward repacks 4-bit weights for inference.)
         try:
             shifts = measure_shift(self.model, getattr(model, "_orig_mod", model), inputs, labels)
@@ -217,6 +218,9 @@ class TrainingRun:
         if labels is not None:
             check_labels_of_head(self.model, labels)
         model = getattr(model, "_orig_mod", model)  # nothing is compiled for the sake of a check
+        own_model = not type(self.model).__module__.startswith("transformers.")
+        if (self.parent_loss.reader or own_model) and not getattr(self.model, "is_quantized", False):
+            check_repeated_loss(self.parent_loss, model, inputs, self.layout.repeat(inputs, self.settings.passes))
         if self.trunk is not None:
             passes, size = self.settings.passes, self.layout.size(inputs)
             repeated = self.layout.repeat(inputs, passes)
