@@ -1,5 +1,4 @@
-"""What the passes may be asked to agree on beside R-Drop's symmetric KL: the rows of `OUTPUT_AGREEMENTS`, for logits,
-and `hidden_state_agreement`, for the layers; `parse_agreement` reads a weighted sum of them.
+"""Divergences between the passes beside R-Drop's symmetric KL, and weighted sums of them (`parse_agreement`).
 
 With ``x = (log p - log q) / 2`` and the mean ``M`` of two distributions, ``p - q = 2 M tanh(x)``. The divergences are
 written in terms of x: differences of nearly equal logarithms of probabilities would lose all digits in float32.
@@ -23,16 +22,11 @@ from .functional import AGREEMENTS, check_passes, counted_scores, masked_mean, s
 _LARGE = 1e3
 
 
-def symmetric_kl(logits: Tensor, mask: Tensor | None, problem_type: str) -> Tensor:
-    """R-Drop's own: ``sKL(P_i, P_j) = 1/2 KL(P_i||P_j) + 1/2 KL(P_j||P_i)``; see `functional.AGREEMENTS`."""
-    return AGREEMENTS[_known(problem_type)](logits, mask)
-
-
 def one_sided_kl(logits: Tensor, mask: Tensor | None, problem_type: str) -> Tensor:
-    """``KL(stopgrad(P_i) || P_j)`` for passes i < j: the earlier pass is a fixed target for the later ones.
+    """Compute ``KL(stopgrad(P_i) || P_j)`` for passes i < j: the earlier pass is a fixed target for the later ones.
 
-    Multi-label: per label between Bernoulli distributions. Regression: ``(stopgrad(a) - b)^2``. Not symmetric: inf
-    where only the later pass excludes a class (-inf), finite where only the earlier one does.
+    Multi-label: per label between Bernoulli distributions. Regression: ``(stopgrad(a) - b)^2``. The divergence is inf
+    where only the later pass excludes a class (-inf), and finite where only the earlier one does.
 
     Source: the consistency term of UDA (Xie et al. 2020, arXiv 1904.12848), there between a clean and a noised input.
     """
@@ -43,7 +37,7 @@ def one_sided_kl(logits: Tensor, mask: Tensor | None, problem_type: str) -> Tens
 
 
 def jensen_shannon(logits: Tensor, mask: Tensor | None, problem_type: str) -> Tensor:
-    """``JS(P_i, P_j) = 1/2 KL(P_i||M) + 1/2 KL(P_j||M)`` with ``M = (P_i + P_j) / 2``; at most log 2.
+    """Compute ``JS(P_i, P_j) = 1/2 KL(P_i||M) + 1/2 KL(P_j||M)`` with ``M = (P_i + P_j) / 2``; at most log 2.
 
     Multi-label: per label between Bernoulli distributions. Finite where only one pass excludes a class (-inf).
 
@@ -57,25 +51,23 @@ def jensen_shannon(logits: Tensor, mask: Tensor | None, problem_type: str) -> Te
 
 
 def squared_logits(logits: Tensor, mask: Tensor | None, problem_type: str) -> Tensor:
-    """``mean_c (z_ic - z_jc)^2``: averaged over the classes (labels, predictions) as over the items.
+    """Compute ``mean_c (z_ic - z_jc)^2``, averaged over the classes (labels, predictions) and the items.
 
-    Unlike the other agreements it changes when one pass's scores are all shifted by a constant. A class that is -inf
-    in both passes agrees; in one of them only: inf.
+    Unlike the other divergences it changes when all scores of one pass are shifted by a constant. A class with -inf in
+    both passes counts as 0; in one of them only, the divergence is inf.
 
-    Source: fraternal dropout (Zolna et al. 2018, arXiv 1711.00066), whose kappa is our alpha / 2; their code averages
-    over the classes too.
+    Source: fraternal dropout (Zolna et al. 2018, arXiv 1711.00066), with kappa = alpha / 2.
     """
     scores, mask = _scores(logits, mask, _known(problem_type))
     return masked_mean(_mean_over_pairs(scores, lambda a, b: (a - b).masked_fill(a == b, 0).square()), mask)
 
 
 def squared_probabilities(logits: Tensor, mask: Tensor | None, problem_type: str) -> Tensor:
-    """``sum_c (p_ic - p_jc)^2``, summed over the classes; multi-label ``(p - q)^2`` per label, averaged over labels.
+    """Compute ``sum_c (p_ic - p_jc)^2``, or per label ``(p - q)^2`` averaged over the labels (multi-label).
 
     Always finite: at most 2 (1 per label).
 
-    Source: the Pi-model (Laine and Aila 2017, arXiv 1610.02242), which averages over the C classes: its weight w is
-    our alpha * C / 2.
+    Source: the Pi-model (Laine and Aila 2017, arXiv 1610.02242), with w = alpha * C / 2 (it averages over C classes).
 
     Raises:
         ValueError: for regression, whose predictions are no distribution.
@@ -88,11 +80,11 @@ def squared_probabilities(logits: Tensor, mask: Tensor | None, problem_type: str
     return masked_mean(_mean_over_pairs(probabilities, lambda p, q: (p - q).square().sum(-1)), mask)
 
 
-#: Agreements of the outputs by name: functions of `(logits, mask, problem_type)` with logits `[m, ..., C]` of m >= 2
+#: Divergences of the outputs by name, as functions of `(logits, mask, problem_type)`: logits `[m, ..., C]` of m >= 2
 #: passes (`[m, ...]` for regression), mask and problem type as in `functional.AGREEMENTS`. Each returns a scalar >= 0,
 #: the mean over valid items and over all pairs i < j of passes; 0 when no item is valid.
 OUTPUT_AGREEMENTS: dict[str, Callable[[Tensor, Tensor | None, str], Tensor]] = {
-    "symmetric_kl": symmetric_kl,
+    "symmetric_kl": lambda logits, mask, problem_type: AGREEMENTS[_known(problem_type)](logits, mask),
     "one_sided_kl": one_sided_kl,
     "jensen_shannon": jensen_shannon,
     "squared_logits": squared_logits,
@@ -101,11 +93,11 @@ OUTPUT_AGREEMENTS: dict[str, Callable[[Tensor, Tensor | None, str], Tensor]] = {
 
 
 def hidden_state_agreement(hidden_states: Sequence[Tensor], passes: int, mask: Tensor | None = None) -> Tensor:
-    """Mean over layers, valid tokens and width of ``(h_i - h_j)^2``, averaged over the pairs of passes.
+    """Average ``(h_i - h_j)^2`` over layers, valid tokens, width and the pairs of passes.
 
     Args:
         hidden_states: the outputs of the layers for a repeated batch, `[m * B, ..., D]` each. Leave out the embedding
-            output, the first of a model's `hidden_states`: its disagreement is the dropout noise itself, no layer's.
+            output, the first of a model's `hidden_states`: its divergence is the dropout noise itself.
         passes: m >= 2.
         mask: `[B, ...]` boolean or 0/1, the tokens to average over (the attention mask); all of them by default.
 
@@ -140,18 +132,18 @@ def hidden_state_agreement(hidden_states: Sequence[Tensor], passes: int, mask: T
 
 
 class Term(NamedTuple):
-    """One summand of the agreement: a name of `TERMS` and what it is multiplied by."""
+    """One summand of a weighted sum of divergences: a name of `TERMS` and its factor."""
 
     name: str
     factor: float
 
 
-#: All that can be written in an agreement.
+#: The names that `parse_agreement` reads.
 TERMS: tuple[str, ...] = (*OUTPUT_AGREEMENTS, "hidden_states", "info_nce")
 
 
 def parse_agreement(text: str) -> tuple[Term, ...]:
-    """Read an agreement: names of `TERMS`, each with an optional factor, joined by plus signs.
+    """Read a weighted sum of divergences: names of `TERMS`, each with an optional factor, joined by plus signs.
 
     Raises:
         ValueError: if a name is unknown or comes twice, or a factor is no finite number > 0.
@@ -201,7 +193,7 @@ def _refuse_regression(name: str, problem_type: str) -> None:
 
 
 def _scores(logits: Tensor, mask: Tensor | None, problem_type: str) -> tuple[Tensor, Tensor | None]:
-    """The scores to compute with, 0 where they do not count, and the mask of each of them."""
+    """Return the scores, 0 where they do not count, and a mask of their shape."""
     check_passes(logits)
     if mask is not None and problem_type == "single_label_classification":
         if mask.shape != logits.shape[1:-1]:
@@ -214,7 +206,7 @@ def _scores(logits: Tensor, mask: Tensor | None, problem_type: str) -> tuple[Ten
 
 
 def _log_probabilities(logits: Tensor, mask: Tensor | None, problem_type: str) -> Tensor:
-    """`[m, ..., C]` over the classes, or `[m, ..., C, 2]` over yes and no of every label."""
+    """Return `[m, ..., C]` over the classes, or `[m, ..., C, 2]` over yes and no of every label."""
     scores, _ = _scores(logits, mask, problem_type)
     if problem_type == "multi_label_classification":
         return torch.stack((F.logsigmoid(scores), F.logsigmoid(-scores)), dim=-1)
@@ -231,8 +223,7 @@ def _log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def _one_sided_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """``sum p log(p/q) - (p - q)``: the second part sums to 0 over the classes, and takes the first order of the first
-    away class by class, which is far larger than its sum."""
+    """Compute ``sum p log(p/q) - (p - q)``: p - q sums to 0 and cancels the first order class by class."""
     log_p = log_p.detach()
     p, q = log_p.exp(), log_q.exp()
     ratio = _log_ratio(log_p, log_q).clamp(min=-_LARGE)  # p = 0 below: 0 * -inf is nan
@@ -240,6 +231,6 @@ def _one_sided_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def _jensen_shannon(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """``sum M (x tanh(x) - log cosh(x))``, the latter as ``|x| + log((1 + exp(-2|x|)) / 2)``."""
+    """Compute ``sum M (x tanh(x) - log cosh(x))``, the latter as ``|x| + log((1 + exp(-2|x|)) / 2)``."""
     x = (_log_ratio(log_p, log_q) / 2).abs().clamp(max=_LARGE)
     return ((log_p.exp() + log_q.exp()) / 2 * (x * (x.tanh() - 1) - (x * -2).expm1().div(2).log1p())).sum(-1)

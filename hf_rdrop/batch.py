@@ -1,4 +1,4 @@
-"""Repeating a batch for several passes in one forward, and taking its outputs apart again."""
+"""Repeat a batch for several passes in one forward, and take its outputs apart again."""
 
 import copy
 import dataclasses
@@ -15,7 +15,7 @@ NON_BATCH_INPUTS = frozenset(
 
 
 def get_batch_size(inputs: Mapping[str, Any], names: Collection[str] = ("labels", "input_ids")) -> int:
-    """Number of examples in a batch: the first dimension of the first of `names` that is there, else of any tensor.
+    """Read the number of examples off a batch: the first dimension of the first of `names`, else of any tensor.
 
     Raises:
         ValueError: if the batch holds no tensor with a batch dimension.
@@ -44,8 +44,7 @@ def repeat_batch(
         inputs: what the model is called with; not changed. Tensors may be nested in dicts, lists and tuples.
         passes: how often to repeat, m >= 1.
         batch_size: number of examples B; read off the labels or input ids by default.
-        non_batch_inputs: names of inputs that are not per example and stay as they are even if their first dimension
-            happens to equal B.
+        non_batch_inputs: names of inputs that are never repeated, even if their first dimension happens to be B.
 
     Returns:
         A new dict: tensors (and lists of B non-tensors) with first dimension B have m * B rows, pass after pass;
@@ -97,18 +96,14 @@ def stack_passes(logits: Tensor, passes: int = 2) -> Tensor:
 
 
 def first_rows(values: Any, total: int, rows: int) -> Any:
-    """Cut every tensor of `total` rows (in dicts, model outputs, lists and tuples) to the first `rows`.
-
-    A repeated batch of m * B rows is cut back to its first pass with ``first_rows(outputs, m * B, B)``. Other values
-    are passed through.
-    """
+    """Cut every tensor of `total` rows (in dicts, model outputs, lists and tuples) to the first `rows`."""
     return map_tensors(lambda t: t[:rows] if t.dim() > 0 and len(t) == total else t, values)
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """Apply a function to all tensors in nested dicts, lists and tuples; a container without a change is itself.
+    """Apply a function to all tensors in nested dicts, lists and tuples.
 
-    (Some models hand all layers one dict to write to.)
+    A container in which nothing changes is returned itself, as some models hand all layers one dict to write to.
     """
     if isinstance(value, Tensor):
         return function(value)
@@ -131,11 +126,10 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
 
 
 def _holds_tensor(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return True
-    return isinstance(value, Tensor) or (isinstance(value, (list, tuple)) and any(map(_holds_tensor, value)))
+    return isinstance(value, (Mapping, Tensor)) or (
+        isinstance(value, (list, tuple)) and any(map(_holds_tensor, value))
+    )
 
 
 def _like(template: list[Any] | tuple[Any, ...], items: list[Any]) -> Any:
-    is_named = hasattr(template, "_fields")
-    return type(template)(*items) if is_named else type(template)(items)
+    return type(template)(*items) if hasattr(template, "_fields") else type(template)(items)

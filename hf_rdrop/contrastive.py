@@ -1,4 +1,4 @@
-"""Agreement of whole sentences: InfoNCE between the passes' embeddings, with the rest of the batch as negatives."""
+"""InfoNCE between the passes' embeddings of a text, with the rest of the batch as negatives."""
 
 import itertools
 import math
@@ -13,14 +13,13 @@ POOLINGS = ("cls", "mean", "last")
 
 
 def info_nce(embeddings_a: Tensor, embeddings_b: Tensor, temperature: float = 0.05) -> Tensor:
-    r"""SimCSE's loss: each row of one pass is to find its own row of the other pass among all rows of the batch.
+    r"""Compute SimCSE's loss: each row of one pass is to find its own row of the other pass among the batch's rows.
 
     ``loss = -1/B sum_i log( exp(cos(a_i, b_i) / t) / sum_j exp(cos(a_i, b_j) / t) )``
 
-    One direction, rows of `a` among rows of `b`, as in the source. The passes are drawn alike, so the mean of both
-    directions would have the same expected gradient. The computation is in float32 (float64 for float64), also under
-    autocast: similarities of 8 bits, divided by the temperature, would be off by 0.04 and more. Gradients flow into
-    both arguments. A row that is all zeros has no direction: its similarity to every row is 0.
+    One direction, rows of `a` among rows of `b`, as in the source: the mean of both would have the same expected
+    gradient. The computation is in float32 (float64 for float64), also under autocast. Gradients flow into both
+    arguments. A row of zeros has similarity 0 to every row.
 
     Args:
         embeddings_a: `[B, D]` embeddings of the batch's B >= 2 rows in the first pass, of any length.
@@ -28,8 +27,8 @@ def info_nce(embeddings_a: Tensor, embeddings_b: Tensor, temperature: float = 0.
         temperature: t > 0 and finite; the smaller, the more the nearest negatives count. 0.05 is SimCSE's.
 
     Returns:
-        Scalar in nats, >= 0: log(B) where the embeddings tell nothing about the rows. It grows with B, as there are
-        more negatives. In data-parallel training the negatives are those of the process's own batch.
+        Scalar in nats, >= 0: log(B) where the embeddings tell nothing about the rows. In data-parallel training the
+        negatives are those of the process's own batch.
 
     Raises:
         ValueError: if the shapes do not fit, there is no negative (B < 2), or the temperature is out of its range.
@@ -49,14 +48,11 @@ def info_nce(embeddings_a: Tensor, embeddings_b: Tensor, temperature: float = 0.
 
 
 def info_nce_agreement(embeddings: Tensor, temperature: float = 0.05) -> Tensor:
-    """Mean of `info_nce` over all pairs of passes i < j.
+    """Average `info_nce` over all pairs of passes i < j.
 
     Args:
         embeddings: `[m, B, D]` embeddings of B >= 2 rows in m >= 2 passes.
         temperature: as for `info_nce`.
-
-    Returns:
-        Scalar in nats, >= 0.
 
     Raises:
         ValueError: as `info_nce`, and if m < 2.
@@ -79,19 +75,12 @@ def info_nce_agreement(embeddings: Tensor, temperature: float = 0.05) -> Tensor:
         norms = torch.linalg.vector_norm(embeddings, dim=-1, keepdim=True)
         unit = embeddings / norms.masked_fill(norms == 0, 1)
         own = torch.arange(rows, device=embeddings.device)
-        losses = [
-            F.cross_entropy(unit[i] @ unit[j].T / temperature, own)
-            for i, j in itertools.combinations(range(passes), 2)
-        ]
-        return torch.stack(losses).mean()
+        pairs = itertools.combinations(range(passes), 2)
+        return torch.stack([F.cross_entropy(unit[i] @ unit[j].T / temperature, own) for i, j in pairs]).mean()
 
 
 def check_temperature(temperature: float) -> None:
-    """Refuse a temperature that is not a finite number above 0.
-
-    Raises:
-        ValueError: with the permitted range and the usual value.
-    """
+    """Raise `ValueError` unless the temperature is a finite number above 0."""
     number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
     if not number or not math.isfinite(temperature) or temperature <= 0:
         raise ValueError(
@@ -101,7 +90,7 @@ def check_temperature(temperature: float) -> None:
 
 
 def pool(hidden_states: Tensor, attention_mask: Tensor | None = None, how: str = "cls") -> Tensor:
-    """One embedding per row from the hidden states of its tokens, wherever the padding is.
+    """Pool the hidden states of a row's tokens to one embedding, on whichever side the padding is.
 
     Args:
         hidden_states: `[B, T, D]`, of the last layer as a rule.
@@ -110,8 +99,8 @@ def pool(hidden_states: Tensor, attention_mask: Tensor | None = None, how: str =
             `"last"`, the last one (for causal models, where no other token has seen the whole text).
 
     Returns:
-        `[B, D]` in the type of the hidden states; zeros for a row that is all padding. What the hidden states hold at
-        padding, nan included, changes neither the result nor any gradient.
+        `[B, D]` in the type of the hidden states; zeros for a row of padding. The hidden states at padding, nan
+        included, change neither the result nor any gradient.
 
     Raises:
         ValueError: if the shapes do not fit or `how` is none of these.

@@ -1,6 +1,6 @@
-"""What is stochastic in a model, and one call that sets every dropout rate it has.
+"""List what is stochastic in a model, and set every dropout rate it has.
 
-Works on any `nn.Module`: dropout is found by the types and names of modules and attributes, not by architecture.
+Dropout is found by the types and names of modules and attributes, so any `nn.Module` will do.
 """
 
 import dis
@@ -60,7 +60,7 @@ def _kind(name: str) -> str | None:
 
 
 def _module_kind(module: nn.Module, name: str) -> str | None:
-    """The kind of a module that is a dropout itself, None for every other module."""
+    """Return the kind of a module that is a dropout itself, None for every other module."""
     kind = _kind(type(module).__name__)
     if isinstance(module, nn.modules.dropout._DropoutNd) or kind == "functional":
         # HGNet and PatchTST use nn.Dropout under the name, and at the rate, of a drop path.
@@ -74,7 +74,7 @@ def _is_rate(value: Any) -> TypeGuard[float]:
 
 @cache
 def _names_read_from_config(forward: Callable[..., Any]) -> list[str]:
-    """The dropout names that a forward reads as `self.config.name` at every call (Falcon, Persimmon, ProphetNet)."""
+    """Find the dropout names that a forward reads as `self.config.name` at every call (Falcon, ProphetNet, ...)."""
     code = getattr(inspect.unwrap(forward), "__code__", None)
     words = [instruction.argval for instruction in dis.get_instructions(code)] if code else []
     found = [name for before, name in pairwise(words) if before == "config" and isinstance(name, str) and _kind(name)]
@@ -109,7 +109,7 @@ def _knobs(model: nn.Module) -> Iterator[_Knob]:
 
 
 def _configs(model: nn.Module) -> list[Any]:
-    """The configs of a model and its parts, with their sub-configs and PEFT's adapter configs, each once."""
+    """Collect the configs of a model and its parts, with their sub-configs and PEFT's adapter configs, each once."""
     queue = [vars(module).get(name) for module in model.modules() for name in ("config", "peft_config")]
     found: dict[int, Any] = {}
     while queue:
@@ -123,19 +123,12 @@ def _configs(model: nn.Module) -> list[Any]:
 
 
 def inspect_dropout(model: nn.Module) -> list[DropoutSource]:
-    """List everything in `model` that is random while training, with the rates in force.
+    """List everything in `model` that is random while training, in the order of `model.named_modules()`.
 
-    The rates are read from the modules that use them, so they are right also where somebody changed a module after it
-    was built from its config. Places whose rate is 0 are listed too: they are what [`set_dropout`] can turn up.
-
-    Args:
-        model: any module; Transformers and PEFT models are what it is written for.
-
-    Returns:
-        The sources in the order of `model.named_modules()`.
+    The rates are read from the modules that use them, so they are those in force even where a module was changed
+    after it was built from its config. Places of rate 0 are listed too: [`set_dropout`] can turn them up.
 
     Example:
-
         >>> from torch import nn
         >>> inspect_dropout(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1)))
         [DropoutSource(name='1', kind='dropout', rate=0.1)]
@@ -144,18 +137,11 @@ def inspect_dropout(model: nn.Module) -> list[DropoutSource]:
 
 
 def is_stochastic(sources: Iterable[DropoutSource]) -> bool:
-    """Whether the two halves of one doubled batch `[x; x]` come out different in training mode.
+    """Tell whether the passes of a repeated batch `[x; x]` differ in training mode, given `inspect_dropout(model)`.
 
-    Layerdrop alone does not do it: it is drawn once for the whole batch, so both halves skip the same layers.
-
-    Args:
-        sources: what [`inspect_dropout`] returns.
-
-    Returns:
-        True if a source other than layerdrop has a rate above 0 (and below 1, where nothing is left to differ).
+    True if a source other than layerdrop, which is drawn once for the whole batch, has a rate above 0 and below 1.
 
     Example:
-
         >>> is_stochastic([DropoutSource("encoder.layerdrop", "layerdrop", 0.5)])
         False
     """
@@ -163,7 +149,7 @@ def is_stochastic(sources: Iterable[DropoutSource]) -> bool:
 
 
 def describe_sources(sources: Iterable[DropoutSource]) -> str:
-    """The places by their last names with kind and rate, each kind of place once, for a message."""
+    """List the places by their last names with kind and rate, each kind of place once, for a message."""
     found = {f"{s.name.rpartition('.')[2]} ({s.kind}) = {s.rate:g}" for s in sources}
     return ", ".join(sorted(found)) or "no dropout at all"
 
@@ -172,14 +158,13 @@ def set_dropout(model: nn.Module, p: float) -> None:
     """Set every dropout of `model` to `p`, in place: in its modules and in its configs.
 
     Modules, rates that are handed to functions (such as attention dropout) and the entries of the model's config and
-    sub-configs all get `p`, so that the model has the same rates after `save_pretrained` and `from_pretrained`. An
-    `nn.Identity` that stands where a dropout of rate 0 would be becomes an `nn.Dropout(p)`. A config entry that is
-    None because it falls back to another one stays None. Layerdrop and stochastic depth (drop path) keep their rates.
-    With a PEFT adapter, `lora_dropout` is set as well, in the adapter's config too.
+    sub-configs all get `p`, so that the model has the same rates after `save_pretrained` and `from_pretrained`. So do
+    PEFT's `lora_dropout` and an `nn.Identity` in the place of a dropout of rate 0, which becomes an `nn.Dropout(p)`.
+    Config entries that are None stay None. Layerdrop and stochastic depth (drop path) keep their rates.
 
-    A rate that a model's code fixes without asking its config is not stored by `save_pretrained`, nor is one that the
-    config's type does not admit (MPT's is a whole number; a warning says so), nor are the base model's rates when only
-    an adapter is saved: call this again after loading. No weight is touched and no random number is drawn.
+    `save_pretrained` does not store a rate that a model's code fixes without its config, one that the config's type
+    does not admit (MPT's is a whole number; a warning says so), nor the base model's rates when only an adapter is
+    saved: call this again after loading. No weight is touched and no random number is drawn.
 
     Args:
         model: the model, changed in place.
@@ -189,7 +174,6 @@ def set_dropout(model: nn.Module, p: float) -> None:
         ValueError: if `p` is not a number in [0, 1), or if `model` has no dropout that could be set.
 
     Example:
-
         >>> from torch import nn
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1))
         >>> set_dropout(model, 0.3)
@@ -229,7 +213,7 @@ def set_dropout(model: nn.Module, p: float) -> None:
 
 @contextmanager
 def modes_restored(model: nn.Module) -> Iterator[None]:
-    """Afterwards every module is in training or evaluation as it was before (a frozen one may be in eval)."""
+    """Put every module back into training or evaluation mode afterwards, as it was (a frozen one may be in eval)."""
     modes = {module: module.training for module in model.modules()}
     try:
         yield
@@ -239,15 +223,10 @@ def modes_restored(model: nn.Module) -> Iterator[None]:
 
 
 def draw_own_masks(rank: int, device: torch.device) -> None:
-    """Let dropout on `device` go on with a stream of random numbers of this process's own.
+    """Give process `rank`, of those with different rows, random numbers of its own for dropout on `device`.
 
-    Trainer gives every process the same seed, so that all would drop the same places of their batches. The first
-    process keeps its stream: alone, it trains as without this. On a GPU the CPU's stream stays the same for all, from
-    which the order of the data and LayerDrop may come.
-
-    Args:
-        rank: number of this process among those that have different rows.
-        device: where the model is.
+    Trainer gives every process the same seed, so that all would drop the same places of their batches. Rank 0 keeps
+    its stream. On a GPU the CPU's stream, from which the order of the data and LayerDrop may come, stays the same.
     """
     if rank > 0:
         seed = (torch.initial_seed() + rank * 0x9E3779B97F4A7C15) % 2**63  # far from the seed of any other run
@@ -257,7 +236,7 @@ def draw_own_masks(rank: int, device: torch.device) -> None:
 
 @contextmanager
 def dropout_off(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a moment; afterwards every module has its own mode back."""
+    """Evaluate within the block; afterwards every module has its own mode back."""
     with modes_restored(model):
         model.eval()
         yield

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Write files that are either whole or not there."""
 
 import os
 from collections.abc import Callable
@@ -8,9 +8,7 @@ from pathlib import Path
 def write_atomically(path: Path, content: str | bytes | Callable[[Path], None]) -> None:
     """Write a file at once: whoever reads it, or kills this process, finds the old content or the new one.
 
-    Args:
-        path: the file.
-        content: of the file, or a function that writes it to the path that it is given.
+    `content` may be a function that writes the file to the path it is given.
     """
     part = path.with_name(f".{path.name}.part")
     if callable(content):

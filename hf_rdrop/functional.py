@@ -1,8 +1,8 @@
-"""The agreement terms of R-Drop as pure functions of tensors.
+"""R-Drop's divergences between passes, as pure functions of tensors.
 
-Every function takes the logits of ``m`` stochastic passes stacked along a new first dimension and returns the mean
-disagreement over all pairs of passes and all valid items, as a scalar. Nothing is computed pair by pair: for a
-divergence of the form ``1/2 (p - q)·(a - b)`` the mean over the ``m (m - 1) / 2`` pairs is
+Each function takes the logits of ``m`` stochastic passes stacked along a new first dimension and returns the mean
+divergence over all pairs of passes and all valid items, as a scalar. For a divergence of the form
+``1/2 (p - q)·(a - b)`` the mean over the ``m (m - 1) / 2`` pairs is
 
     1 / (m - 1) * sum_i (p_i - mean_j p_j) · (a_i - mean_j a_j)
 
@@ -21,10 +21,10 @@ BLOCK_ELEMENTS = 2**21
 
 
 def symmetric_kl(logits_a: Tensor, logits_b: Tensor, mask: Tensor | None = None) -> Tensor:
-    r"""Symmetric Kullback-Leibler divergence between two passes, in nats, averaged over the valid items.
+    r"""Compute the symmetric Kullback-Leibler divergence between two passes, averaged over the valid items.
 
-    ``sKL(P, Q) = 1/2 KL(P||Q) + 1/2 KL(Q||P) = 1/2 sum_c (p_c - q_c)(log p_c - log q_c)``: summed over the classes,
-    averaged over items. Gradients flow into both arguments; the softmax is taken in float32 (float64 for float64).
+    ``sKL(P, Q) = 1/2 KL(P||Q) + 1/2 KL(Q||P) = 1/2 sum_c (p_c - q_c)(log p_c - log q_c)``, summed over the classes.
+    Gradients flow into both arguments. The softmax is taken in float32 (float64 for float64).
 
     Args:
         logits_a: `[..., C]` unnormalised scores of the first pass.
@@ -32,7 +32,7 @@ def symmetric_kl(logits_a: Tensor, logits_b: Tensor, mask: Tensor | None = None)
         mask: `[...]` boolean or 0/1, the items to average over; all of them by default.
 
     Returns:
-        Scalar >= 0; 0 when no item is valid; finite where a class has -inf in both passes.
+        Scalar >= 0, in nats; 0 when no item is valid; finite where a class has -inf in both passes.
 
     Raises:
         ValueError: if the shapes do not fit.
@@ -52,7 +52,7 @@ def symmetric_kl(logits_a: Tensor, logits_b: Tensor, mask: Tensor | None = None)
 
 
 def softmax_agreement(logits: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean symmetric KL between all pairs of softmax distributions (single-label classes, tags, tokens).
+    """Average the symmetric KL over all pairs of softmax distributions (single-label classes, tags, tokens).
 
     Args:
         logits: `[m, ..., C]` scores of m >= 2 passes.
@@ -79,13 +79,13 @@ def softmax_agreement(logits: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 class _SoftmaxAgreement(torch.autograd.Function):
-    """Value and gradient in one sweep over blocks of rows.
+    """Compute value and gradient in one sweep over blocks of rows.
 
     With ``u_i = log p_i - mean_j log p_j`` and ``v_i = p_i - mean_j p_j`` (for m = 2 half of log p - log q and p - q)
 
         value = 1 / (m - 1) sum_i u_i · v_i,    d value / d z_i = 1 / (m - 1) [p_i (u_i - p_i · u_i) + v_i]
 
-    so the gradient costs two multiplications more than the value. The probabilities live only for one block; autograd
+    The gradient costs two multiplications more than the value. The probabilities live only for one block: autograd
     over `log_softmax` would keep several float32 copies of all logits until the backward pass.
     """
 
@@ -125,7 +125,7 @@ class _SoftmaxAgreement(torch.autograd.Function):
 
 
 def bernoulli_agreement(logits: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean symmetric KL between all pairs of independent Bernoulli distributions (multi-label classification).
+    """Average the symmetric KL over all pairs of independent Bernoulli distributions (multi-label classification).
 
     Per label ``sKL = 1/2 (sigmoid(a) - sigmoid(b)) (a - b)``, averaged over items and labels, as BCE is.
 
@@ -148,7 +148,7 @@ def bernoulli_agreement(logits: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def squared_agreement(logits: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean squared difference between all pairs of predictions (regression), averaged as MSE is.
+    """Average the squared difference over all pairs of predictions (regression), as MSE does.
 
     Args:
         logits: `[m, ...]` predictions of m >= 2 passes, in the units of the target.
@@ -165,7 +165,7 @@ def squared_agreement(logits: Tensor, mask: Tensor | None = None) -> Tensor:
     return masked_mean(2 * (logits - logits.mean(0)).square().sum(0) / (len(logits) - 1), mask)
 
 
-#: Agreement by Transformers' `problem_type`; tags and tokens are single-label classes with a mask.
+#: Divergence by Transformers' `problem_type`; tags and tokens are single-label classes with a mask.
 AGREEMENTS: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = {
     "single_label_classification": softmax_agreement,
     "multi_label_classification": bernoulli_agreement,
@@ -182,13 +182,15 @@ def check_passes(logits: Tensor) -> None:
 
 
 def compute_dtype(logits: Tensor) -> torch.dtype:
-    """The precision of softmax and divergences: float32, or float64 for float64."""
+    """Choose the precision of softmax and divergences: float32, or float64 for float64."""
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 def counted_scores(logits: Tensor, mask: Tensor | None) -> Tensor:
-    """The scores in the precision to compute in, with 0 for those that do not count: they may hold inf or nan, which
-    a product with 0 would not keep out of the gradient."""
+    """Convert the scores to `compute_dtype`, with 0 for those that do not count.
+
+    These may hold inf or nan, which a product with 0 would not keep out of the gradient.
+    """
     logits = logits.to(compute_dtype(logits))
     if mask is None:
         return logits

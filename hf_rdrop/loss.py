@@ -1,4 +1,4 @@
-"""R-Drop for plain PyTorch and Accelerate loops."""
+"""R-Drop's objective for plain PyTorch and Accelerate loops."""
 
 import math
 from typing import NamedTuple
@@ -20,11 +20,7 @@ class RDropLossOutput(NamedTuple):
 
 
 def check_alpha(alpha: float) -> None:
-    """Refuse an alpha that is negative, nan or infinite, or no number.
-
-    Raises:
-        ValueError: always with the permitted range and where to find good values.
-    """
+    """Raise `ValueError` unless alpha is a finite number >= 0."""
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha) or alpha < 0:
         raise ValueError(
             f"rdrop_alpha must be a finite number >= 0, got {alpha!r}: it weighs the agreement of the passes in "
@@ -33,11 +29,7 @@ def check_alpha(alpha: float) -> None:
 
 
 def check_class_indices(labels: Tensor, classes: int) -> None:
-    """Refuse labels that are no class indices; their values are looked at on a CPU only, where that costs no waiting.
-
-    Raises:
-        ValueError: they are real numbers, or neither -100 nor in [0, classes).
-    """
+    """Raise `ValueError` unless labels are integers and, which is checked on a CPU only, -100 or in [0, classes)."""
     if labels.is_floating_point() or labels.is_complex():
         raise ValueError(f"Labels must be class indices, got {labels.dtype}: convert them with labels.long().")
     if labels.device.type == "cpu" and len(wrong := labels[(labels != -100) & ((labels < 0) | (labels >= classes))]):
@@ -48,26 +40,26 @@ def check_class_indices(labels: Tensor, classes: int) -> None:
 
 
 class RDropLoss(nn.Module):
-    r"""R-Drop's objective from the logits of two (or more) stochastic passes and the labels.
+    r"""Compute R-Drop's objective from the logits of two (or more) stochastic passes and the labels.
 
     ``loss = mean_j CE_j + alpha / 2 * mean_{i<j} sKL(P_i, P_j)``, which for two passes is
     ``(CE_1 + CE_2 + alpha * sKL) / 2`` with ``sKL(P, Q) = 1/2 KL(P||Q) + 1/2 KL(Q||P)``: the paper's alpha, on the
     scale of plain fine-tuning's loss. Both terms are averaged over the items whose label is not -100.
 
     Args:
-        alpha: weight of the agreement, >= 0 and finite. Default 1.0, the paper's value for language modelling and one
-            of its three for GLUE; 5 for translation.
+        alpha: weight of the divergence, >= 0 and finite. The paper uses 1.0 for language modelling, 0.1 to 1.0 for
+            GLUE and 5 for translation.
         problem_type: as in Transformers' configurations: `"single_label_classification"` (also tags and tokens),
             `"multi_label_classification"` (BCE and Bernoulli KL per label) or `"regression"` (MSE and squared
             difference of the predictions).
         label_smoothing: share of the target given to the uniform distribution, in [0, 1); single-label only.
-        agreement: what stands in the place of sKL, a sum of terms such as `"jensen_shannon"` or
-            `"symmetric_kl + 0.1 * squared_logits"`: see `hf_rdrop.agreements.OUTPUT_AGREEMENTS`.
+        agreement: the divergence, sKL by default: a sum such as `"symmetric_kl + 0.1 * squared_logits"` of names in
+            `hf_rdrop.agreements.OUTPUT_AGREEMENTS`.
 
     Raises:
         ValueError: if an argument is out of its range.
 
-    Source: Liang et al. 2021, section 2 (divided by two); conversions from other code bases are in the README.
+    Source: Liang et al. 2021, section 2 (divided by two).
 
     Example:
         >>> logits = model(**repeat_batch(batch)).logits          # one forward, [x; x]
@@ -99,9 +91,7 @@ class RDropLoss(nn.Module):
                 f"RDropLoss gets logits alone, and {unknown[0]} compares hidden states: choose of "
                 f"{', '.join(OUTPUT_AGREEMENTS)}, or use RDropTrainer (rdrop_agreement)."
             )
-        self.alpha = alpha
-        self.problem_type = problem_type
-        self.label_smoothing = label_smoothing
+        self.alpha, self.problem_type, self.label_smoothing = alpha, problem_type, label_smoothing
 
     def forward(self, logits_a: Tensor, logits_b: Tensor, labels: Tensor, *more_logits: Tensor) -> RDropLossOutput:
         """Compute loss, CE and KL.
@@ -130,16 +120,10 @@ class RDropLoss(nn.Module):
             check_class_indices(labels, logits.shape[-1])
             mask = labels != -100
             logits.masked_fill_(~mask[..., None], 0)  # an ignored item may hold inf or nan; `stack` has made a copy
-            targets = labels.long().expand(len(passes), *labels.shape)
-            ce_sum = F.cross_entropy(
-                logits.flatten(0, -2),
-                targets.flatten(),
-                ignore_index=-100,
-                reduction="sum",
-                label_smoothing=self.label_smoothing,
-            )
+            scores, targets = logits.flatten(0, -2), labels.long().expand(len(passes), *labels.shape).flatten()
+            ce_sum = F.cross_entropy(scores, targets, reduction="sum", label_smoothing=self.label_smoothing)
             ce = ce_sum / (mask.sum() * len(passes)).clamp(min=1)
-            kl = self._agreement(logits, mask)
+            kl = self._divergence(logits, mask)
         else:
             if self.problem_type == "regression" and logits_a.shape == (*labels.shape, 1):
                 logits = logits.squeeze(-1)
@@ -148,11 +132,10 @@ class RDropLoss(nn.Module):
             criterion = F.mse_loss if self.problem_type == "regression" else F.binary_cross_entropy_with_logits
             ce_sum = criterion(logits, labels.to(logits.dtype).expand_as(logits), reduction="sum")
             ce = ce_sum / max(logits.numel(), 1)
-            kl = self._agreement(logits, None)
+            kl = self._divergence(logits, None)
         return RDropLossOutput(ce + self.alpha / 2 * kl, ce, kl)
 
-    def _agreement(self, logits: Tensor, mask: Tensor | None) -> Tensor:
-        """What the passes `[m, ...]` are asked for."""
+    def _divergence(self, logits: Tensor, mask: Tensor | None) -> Tensor:
         values = [term.factor * OUTPUT_AGREEMENTS[term.name](logits, mask, self.problem_type) for term in self.terms]
         return torch.stack(values).sum()
 

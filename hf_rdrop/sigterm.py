@@ -1,4 +1,4 @@
-"""SIGTERM, as schedulers send it before they kill: one more checkpoint, and the end."""
+"""Save a checkpoint and end when a scheduler sends SIGTERM."""
 
 import logging
 import signal
@@ -17,16 +17,15 @@ STATUS = 128 + signal.SIGTERM  # as of a process that the signal itself has ende
 
 
 class SaveOnSigterm(TrainerCallback):
-    """On SIGTERM, finishes the optimizer step, saves a checkpoint, and ends the process with status 143.
+    """On SIGTERM, finish the optimizer step, save a checkpoint, and end the process with status 143.
 
-    A run that resumes from that checkpoint is the uninterrupted one. Further SIGTERMs are ignored meanwhile: launchers
-    send several. With several processes, which get the signal at different moments, all stop after the same step:
-    they agree on it by one number exchanged per step. With `save_strategy="no"` SIGTERM is left as it is. (The
-    Trainer's own `enable_jit_checkpoint` saves in the middle of a step, which is then trained with other dropout
-    masks, and does not let processes agree.)
+    A run that resumes from that checkpoint equals the uninterrupted one. Further SIGTERMs are ignored meanwhile.
+    Several processes exchange one number per step, so that all stop after the same step. With `save_strategy="no"`
+    SIGTERM is left as it is. (Trainer's own `enable_jit_checkpoint` saves in the middle of a step, which a resumed run
+    trains with other dropout masks.)
 
     Args:
-        option: how the message names the checkpoint to go on from, a format of one place.
+        option: format of one place, by which the message names the checkpoint to resume from.
 
     Raises:
         SystemExit: after the checkpoint was saved, out of `trainer.train`.
@@ -71,7 +70,7 @@ class SaveOnSigterm(TrainerCallback):
         self.restore()
 
     def restore(self) -> None:
-        """Give SIGTERM back its earlier meaning; of use when training has ended by an exception."""
+        """Restore the earlier handler of SIGTERM, as after an exception in training."""
         if self._previous is not None:
             signal.signal(signal.SIGTERM, self._previous)
             self._previous = None

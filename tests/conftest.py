@@ -11,6 +11,7 @@ import torch
 
 from support import ROOT
 from support import script_data as made
+from support.killed_runs import glue_like
 from support.training import HEADS
 
 torch.set_num_threads(1)  # tiny models: a second thread costs more than it brings
@@ -41,3 +42,9 @@ def head(request):
 def encoder(tmp_path_factory):
     """Folder of a tiny BERT without a head, for the scripts."""
     return made.make_encoder(tmp_path_factory.mktemp("encoder"))
+
+
+@pytest.fixture(scope="session")
+def glue(tmp_path_factory):
+    """Arguments of run_glue.py but for its output folder, and the folder of its uninterrupted run."""
+    return glue_like(tmp_path_factory.mktemp("glue"), "run_glue")

@@ -16,12 +16,12 @@ from hf_rdrop.agreements import (
     parse_agreement,
     squared_logits,
     squared_probabilities,
-    symmetric_kl,
 )
 from hf_rdrop.functional import AGREEMENTS
 from support.reference import naive_agreement, pairs
 
 SINGLE, MULTI, REGRESSION = AGREEMENTS
+symmetric_kl = OUTPUT_AGREEMENTS["symmetric_kl"]
 NO_REGRESSION = (jensen_shannon, squared_probabilities)
 CASES = [
     pytest.param(function, kind, id=f"{name}-{kind}")

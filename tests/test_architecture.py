@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parent.parent / "hf_rdrop"
+from support import ROOT
+
+PACKAGE = ROOT / "hf_rdrop"
 # From the bottom up: a module or folder imports from those above its line in this list (lower levels) only.
 LEVELS = (
     {"batch", "checkpoints", "files", "functional", "hub", "version"},
@@ -93,7 +95,7 @@ def private_names(tree: ast.AST) -> tuple[set[str], set[str]]:
     return set(filter(private, defined)), set(filter(private, used))
 
 
-SCRIPTS = sorted((PACKAGE.parent / "scripts").rglob("*.py"))
+SCRIPTS = sorted((ROOT / "scripts").rglob("*.py"))
 
 
 @pytest.mark.parametrize("files", [MODULES, [*MODULES, *SCRIPTS]], ids=["package", "with scripts"])

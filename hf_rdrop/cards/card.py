@@ -1,4 +1,4 @@
-"""The model card of a training run: the base class's metadata, results the Hub can read, and a body with evidence."""
+"""Write the model card of a training run."""
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,23 +37,21 @@ def write_card(
 ) -> None:
     """Write README.md (and, with matplotlib, rdrop_curves.png) into the trainer's `output_dir`.
 
-    The metadata are those of the base class, with the tag `r-drop` unless `rdrop_alpha` is 0, the tags that an earlier
-    README had, metrics under the Hub's names, and a `model-index` where a task, a data set with a name, and finite
-    scores are known. Paths of this machine are cut to their last component. Written the same for the same state,
-    however often it is called; the README is replaced at once.
+    The metadata are those of the base class, with the tag `r-drop` unless `rdrop_alpha` is 0, the tags of an earlier
+    README, metrics under the Hub's names, and a `model-index` where a task, a data set with a name, and finite scores
+    are known. Paths of this machine are cut to their last component. The README is replaced at once.
 
     Args:
         trainer: on the process that writes.
         base_card: the base class's `create_model_card`, bound to the trainer.
         args, kwargs: its arguments, which are not changed.
         facts: what was in force in the training run.
-        comparison: a comparison.json of compare.py (path or content), shown for the task that is named as the data
-            set or the model is, or the only one; or a pair of it and the name of the task.
+        comparison: a comparison.json of compare.py (path or content), shown for its only task or the one named as the
+            data set or the model; or a pair of it and the name of the task.
         consistency: a `Consistency`, its dict, or a consistency.json (path or content).
 
     Raises:
-        ValueError: one of the two cannot be read, or the front matter of the README that is there is broken; nothing
-            was written.
+        ValueError: one of the two, or the front matter of an earlier README, cannot be read; nothing was written.
     """
     given = _by_name(base_card, args, kwargs)
     evidence = check_evidence(trainer.args, comparison=comparison, consistency=consistency, **given)
@@ -78,16 +76,8 @@ def write_card(
     evaluation, head, state = last_evaluation(trainer.state, trainer.args), trained_head(facts), trainer.state
     base_name = str(given.get("finetuned_from") or getattr(facts.model.config, "_name_or_path", "") or "")
     title = find_title(trainer.args, summary, base_name)
-    fill_in(
-        data,
-        summary,
-        evaluation,
-        title=title,
-        base_name=base_name,
-        task=head.task,
-        more_tags=[*earlier_tags, *as_list(given.get("tags"))],
-        with_rdrop=bool(facts.settings.alpha),
-    )
+    tags, with_rdrop = [*earlier_tags, *as_list(given.get("tags"))], bool(facts.settings.alpha)
+    fill_in(data, summary, evaluation, title, base_name, head.task, more_tags=tags, with_rdrop=with_rdrop)
     curves = curves_part(state.log_history, head, facts.settings.alpha, facts.settings.interval)
     if curves and facts.settings.alpha and plot_curves(state.log_history, head, readme.with_name(PLOT)):
         curves["plot"] = PLOT
@@ -112,20 +102,15 @@ def write_card(
 def check_evidence(
     args: TrainingArguments, *, comparison: Any = None, consistency: Any = None, **card: Any
 ) -> dict[str, Any]:
-    """The parts of the card about comparison and consistency; as a check before training, too.
+    """Read the card's comparison and consistency, as for `write_card`; also as a check before training.
 
-    Args:
-        args: of the training.
-        comparison, consistency: as for `write_card`.
-        card: the other arguments of `create_model_card`, for the names of the model and its data.
+    `card` holds the other arguments of `create_model_card`, for the names of the model and its data.
 
     Raises:
         ValueError: one of the two cannot be read, or it is open which task of the comparison is meant.
     """
-    names = [
-        name for key in ("dataset_args", "dataset", "dataset_tags", "model_name") for name in as_list(card.get(key))
-    ]
-    names.append(last_part(str(args.output_dir)))
+    keys = ("dataset_args", "dataset", "dataset_tags", "model_name")
+    names = [*(name for key in keys for name in as_list(card.get(key))), last_part(str(args.output_dir))]
     return {"comparison": read_comparison(comparison, names), "consistency": read_consistency(consistency)}
 
 
@@ -140,10 +125,7 @@ def _by_name(function: Callable[..., None], args: Sequence[Any], kwargs: Mapping
 
 @contextmanager
 def _output_elsewhere(trainer: Trainer) -> Iterator[Path]:
-    """Another folder as `output_dir` for a moment.
-
-    The base class's card names local folders, and an upload may be reading `output_dir` in the background.
-    """
+    """Set another `output_dir` within the block, as an upload may be reading the real one in the background."""
     output_dir = trainer.args.output_dir
     with TemporaryDirectory() as parent:
         folder = Path(parent) / (Path(str(output_dir)).resolve().name or "model")
@@ -160,11 +142,7 @@ def _copied(value: Any) -> Any:
 
 
 def _read(readme: Path) -> ModelCardData:
-    """The metadata of a README, none if there is none.
-
-    Raises:
-        ValueError: they are broken.
-    """
+    """Read the metadata of a README, if there is one."""
     if not readme.is_file():
         return ModelCardData()
     try:
@@ -224,7 +202,7 @@ def _usage(
 
 
 def _auto_processor(given: Any) -> str | None:
-    """The class of transformers that loads what makes the model's inputs, as it was saved with the model."""
+    """Name the class of transformers that loads the processor of the model's inputs."""
     kinds = {
         "AutoTokenizer": PreTrainedTokenizerBase,
         "AutoImageProcessor": ImageProcessingMixin,
@@ -234,15 +212,12 @@ def _auto_processor(given: Any) -> str | None:
 
 
 def _base_for_adapter(config: Any, kind: str, base_name: str) -> dict[str, Any]:
-    """What the base model must be loaded with, because an adapter does not hold the names of its classes."""
+    """Tell how to load the base model: an adapter does not hold the names of its classes."""
     options = ""
     if kind in (*CLASSIFIERS, "token"):
         labels = config.id2label
         own = len(labels) <= 20 and any(name != f"LABEL_{index}" for index, name in labels.items())
         options = f"id2label={labels!r}" if own else f"num_labels={len(labels)}"
     on_hub = is_hub_id(base_name)
-    return {
-        "name": base_name if on_hub else last_part(base_name) or "base-model",
-        "on_hub": on_hub,
-        "options": options,
-    }
+    name = base_name if on_hub else last_part(base_name) or "base-model"
+    return {"name": name, "on_hub": on_hub, "options": options}

@@ -1,4 +1,4 @@
-"""What was measured beside a training run: the comparison with the baseline, and consistency, for a model card.
+"""Read measurements beside a training run for its model card: comparison with the baseline, and consistency.
 
 The format of comparison.json, which scripts/compare.py writes, is owned here (`FORMAT`, `check_format`). An object of
 
@@ -27,7 +27,7 @@ from .markdown import NOTHING, inline, number, spread, table
 #: The format of comparison.json that is written, and the newest that is read.
 FORMAT = 1
 
-# What a broken file raises where its figures are read.
+# Errors of a broken file where its figures are read.
 _BROKEN = (KeyError, TypeError, AttributeError, IndexError, ValueError)
 
 
@@ -39,14 +39,11 @@ def _load(source: Any, what: str, advice: str) -> dict[str, Any]:
     path = Path(source)
     try:
         found = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise ValueError(
-            f"{what} {path} cannot be read ({error.strerror}): give {advice}. The card is as it was."
-        ) from error
-    except ValueError as error:
-        raise ValueError(
-            f"{what} {path} is malformed JSON ({error}): give {advice}. The card is as it was."
-        ) from error
+    except (OSError, ValueError) as error:
+        problem = (
+            f"cannot be read ({error.strerror})" if isinstance(error, OSError) else f"is malformed JSON ({error})"
+        )
+        raise ValueError(f"{what} {path} {problem}: give {advice}. The card is as it was.") from error
     if not isinstance(found, dict):
         raise ValueError(f"{what} {path} holds no JSON object: give {advice}. The card is as it was.")
     return found
@@ -64,15 +61,7 @@ def _checked(read: Callable[[], dict[str, Any]], what: str, advice: str) -> dict
 
 
 def check_format(found: Mapping[str, Any], what: str = "the comparison") -> None:
-    """Check that a comparison.json is of a format that is known here.
-
-    Args:
-        found: its content.
-        what: how to name it.
-
-    Raises:
-        ValueError: it is of a newer one, or of none.
-    """
+    """Raise `ValueError` unless the content of a comparison.json has a known format; `what` names it."""
     number = found.get("format", 1)
     if not isinstance(number, int):
         raise ValueError(f"{what} is no comparison.json of compare.py: its format is {number!r}, no number.")
@@ -91,7 +80,7 @@ def read_comparison(source: Any, names: Iterable[str] = ()) -> dict[str, Any] | 
 
     Args:
         source: a comparison.json or its content, None for none; or a pair of that and the name of the task.
-        names: what the model or its data are called. Of several tasks the one that is named so is taken.
+        names: of the model or its data, to choose among several tasks.
 
     Raises:
         ValueError: it cannot be read, holds no finished run, or it is open which task is meant.
@@ -100,7 +89,7 @@ def read_comparison(source: Any, names: Iterable[str] = ()) -> dict[str, Any] | 
         return None
     wanted = None
     if isinstance(source, (tuple, list)) and 1 <= len(source) <= 2:
-        source, wanted = source[0], source[-1] if len(source) == 2 else None
+        source, wanted = (*source, None)[:2]
     found = _load(source, "the comparison", _COMPARISON)
     check_format(found)
     rows = found.get("rows")
@@ -135,11 +124,7 @@ def _plain(name: str) -> str:
 
 
 def comparison_part(rows: list[Mapping[str, Any]]) -> dict[str, Any]:
-    """Put the arms of one task into a table.
-
-    Args:
-        rows: those of the task, as comparison.json has them: scores in points.
-    """
+    """Put the rows that comparison.json has of one task into a table."""
     cells = []
     for row in rows:
         found = row["differences"].get("baseline")
@@ -179,7 +164,7 @@ _CONSISTENCY = (
 
 
 def read_consistency(source: Any) -> dict[str, Any] | None:
-    """Read what `measure_consistency` found, for the card.
+    """Read results of `measure_consistency` for the card.
 
     Args:
         source: a `Consistency`, its `to_dict()`, a consistency.json (of one model, by data set, or of several models),
@@ -220,19 +205,10 @@ def _consistency_part(found: Mapping[str, Any]) -> dict[str, Any]:
         distances.append([*first, f"{values['items']:,}", str(values["num_samples"]), *map(number, kl)])
     head = ["model" if "models" in found else "data"] if named else []
     is_kl = all("accuracy" in values["scores"] for values in measured.values())
+    pairs = ("between sub-models", "sub-model to dropout off", "ensemble to dropout off")
     return {
         "scores": table([*head, "score", "dropout off", "sub-models", "ensemble"], scores),
-        "distances": table(
-            [
-                *head,
-                "items",
-                "sub-models",
-                "between sub-models",
-                "sub-model to dropout off",
-                "ensemble to dropout off",
-            ],
-            distances,
-        ),
+        "distances": table([*head, "items", "sub-models", *pairs], distances),
         "distance": "Symmetric KL divergence in nats" if is_kl else "Squared difference of the predictions",
         "several_models": "models" in found and named,
     }

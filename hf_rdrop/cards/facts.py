@@ -1,4 +1,4 @@
-"""How a model was trained: its head, objective, dropout rates, settings and versions."""
+"""Describe how a model was trained: its head, objective, dropout rates, settings and versions."""
 
 import math
 from collections import Counter
@@ -39,7 +39,7 @@ class HeadFacts(NamedTuple):
         auto_class: the class of transformers that loads it.
         task: the Hub's name of the task.
         problem: Transformers' `problem_type`.
-        agreement: `rdrop_agreement`, or another text where it is not known what the passes are compared as.
+        agreement: `rdrop_agreement`, or another text where the divergence is not known.
     """
 
     kind: str | None
@@ -50,19 +50,19 @@ class HeadFacts(NamedTuple):
 
     @property
     def loss(self) -> str:
-        """What `ce_loss` is, in short."""
+        """Name `ce_loss`."""
         return {"regression": "MSE", "multi_label_classification": "BCE"}.get(self.problem, "CE")
 
     @property
     def divergence(self) -> str:
-        """What `kl_loss` is, in short."""
+        """Name `kl_loss`."""
         if self.agreement != "symmetric_kl":
             return "disagreement"
         return "squared difference" if self.problem == "regression" else "KL"
 
     @property
     def items(self) -> str:
-        """What the terms are means over."""
+        """Name the items that the terms are means over."""
         if self.problem == "multi_label_classification":
             return "rows and labels"
         kinds = dict.fromkeys(("token", "seq2seq", "causal", "masked"), "tokens")
@@ -70,7 +70,7 @@ class HeadFacts(NamedTuple):
 
     @property
     def outcomes(self) -> str:
-        """What the probabilities are of."""
+        """Name the outcomes that the probabilities are of."""
         kinds = dict.fromkeys(("seq2seq", "causal", "masked"), "vocabulary at every token")
         kinds |= {"token": "classes at every token", "choice": "choices"}
         return (kinds | {"question": "positions for start and end"}).get(str(self.kind), "classes")
@@ -91,7 +91,7 @@ CLASSIFIERS = ("sequence", "image", "audio")
 
 
 def describe_head(model: nn.Module) -> HeadFacts:
-    """What a model (without adapter) predicts, by its class and configuration."""
+    """Describe the head of a model (without adapter) by its class and configuration."""
     if predicts_next_token(model):
         return HeadFacts("causal", "AutoModelForCausalLM", "text-generation", "single_label_classification")
     config, name = getattr(model, "config", None), type(model).__name__
@@ -107,7 +107,7 @@ def describe_head(model: nn.Module) -> HeadFacts:
 
 
 def trained_head(facts: RunFacts) -> HeadFacts:
-    """Describe the head of a trained model, and what its passes were compared by."""
+    """Describe the head of a trained model, with the divergence of its passes."""
     agreement = "logits_for_agreement" if facts.own_logits else facts.settings.agreement
     return describe_head(facts.model)._replace(agreement=agreement)
 
@@ -116,22 +116,14 @@ def trained_head(facts: RunFacts) -> HeadFacts:
 
 
 def training_lines(history: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The log lines that hold CE and KL."""
+    """List the log lines that hold CE and KL."""
     return [line for line in history if "ce_loss" in line and "epoch" in line]
 
 
 def rdrop_part(
     facts: RunFacts, head: HeadFacts, history: Sequence[Mapping[str, Any]], *, trained: bool, label_smoothing: float
 ) -> dict[str, Any]:
-    """Tell the objective in force, its economies, the model's dropout and the last log line's share of the divergence.
-
-    Args:
-        facts: of the training run.
-        head: as `trained_head` describes it.
-        history: the log lines.
-        trained: whether a step was made.
-        label_smoothing: as Trainer's `label_smoothing_factor`.
-    """
+    """Describe the objective in force, its economies, the model's dropout and the divergence's last logged share."""
     settings = facts.settings
     logged = [line for line in training_lines(history) if "kl_share" in line]
     share = logged[-1]["kl_share"] if logged and settings.alpha else None
@@ -154,7 +146,7 @@ def rdrop_part(
 
 
 def dropout_rates(model: nn.Module) -> str:
-    """The rates found in a model with the number of places, such as `0.1 (dropout modules: 9)`; "" if it has none."""
+    """List a model's rates with the number of places, such as `0.1 (dropout modules: 9)`; "" if it has none."""
     rates: dict[float, Counter[str]] = {}
     for source in inspect_dropout(model):
         rates.setdefault(source.rate, Counter())[_PLACES[source.kind]] += 1
@@ -163,23 +155,20 @@ def dropout_rates(model: nn.Module) -> str:
 
 
 def hyperparameters(trainer: Trainer) -> list[tuple[str, str]]:
-    """Name and value, as the Trainer's own cards have them, and a few more."""
+    """List names and values as Trainer's own cards do, and a few more."""
     args = trainer.args
     found = extract_hyperparameters_from_trainer(trainer)
     if args.optim:  # as an enumeration's member, there
         found["optimizer"] = str(found["optimizer"]).replace(str(args.optim), getattr(args.optim, "value", args.optim))
-    found |= {"weight_decay": args.weight_decay} if args.weight_decay else {}
-    found |= {"max_grad_norm": args.max_grad_norm} if args.max_grad_norm else {}
+    found |= {name: value for name in ("weight_decay", "max_grad_norm") if (value := getattr(args, name))}
     found |= {"mixed_precision_training": "bfloat16"} if args.bf16 else {}
     found |= {"neftune_noise_alpha": args.neftune_noise_alpha} if args.neftune_noise_alpha else {}
-    return [
-        (inline(name), number(value) if isinstance(value, float) else inline(public(value)))
-        for name, value in found.items()
-    ]
+    shown = {k: number(value) if isinstance(value, float) else inline(public(value)) for k, value in found.items()}
+    return [(inline(name), text) for name, text in shown.items()]
 
 
 def versions(with_peft: bool) -> list[tuple[str, str]]:
-    """Names and versions of the packages that trained. The line about PEFT is one that PEFT itself looks for."""
+    """List names and versions of the packages that trained; PEFT itself looks for the line about PEFT."""
     names = {"PEFT": "peft"} if with_peft else {}
     names |= {"Transformers": "transformers", "PyTorch": "torch", "Accelerate": "accelerate"}
     found = [("hf_rdrop", __version__)]

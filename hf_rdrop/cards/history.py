@@ -1,4 +1,4 @@
-"""What a training run has logged, for its model card: the scores of the model as it is, CE and KL by epoch."""
+"""Show a training run's logs on its model card: the scores of the model as it is, CE and KL by epoch."""
 
 import io
 import math
@@ -18,10 +18,9 @@ _NOT_SCORES = re.compile(r"(runtime|per_second|_time|_mem_\w+)$")
 
 
 def last_evaluation(state: TrainerState, args: TrainingArguments) -> dict[str, Any] | None:
-    """The scores of the model as it is now: `metrics` by name without eval_, `step`, and whether it is the `best`.
+    """Find the scores of the model as it is now: `metrics` by name without eval_, `step`, and if it is the `best`.
 
-    What was evaluated after training; otherwise the last evaluation within it, or that of the best checkpoint when it
-    was loaded at the end.
+    They come from after training, else from its last evaluation, or that of the best checkpoint if it was loaded.
     """
     history = state.log_history
     ends = [place for place, line in enumerate(history) if "train_runtime" in line]
@@ -49,14 +48,9 @@ def _scores(line: Mapping[str, Any]) -> dict[str, Any]:
 def curves_part(
     history: Sequence[Mapping[str, Any]], head: HeadFacts, alpha: float, interval: int = 1
 ) -> dict[str, Any] | None:
-    """CE and KL by epoch as a table: means of the log lines, weighted by the steps that each is about.
+    """Tabulate CE and KL by epoch: means of the log lines, weighted by the number of their steps.
 
-    Args:
-        history: log lines with `step`, `epoch`, `loss`, `ce_loss` and `kl_loss`, and those of evaluations.
-        head: whose losses they are.
-        alpha: weight of the agreement, where a line does not have its own (`rdrop_alpha`); with 0 there is only the
-            loss to tell of.
-        interval: of the optimizer steps with R-Drop.
+    Lines without a `rdrop_alpha` of their own have the one that is given; with 0 only the loss is shown.
     """
     epochs: dict[int, list[tuple[int, Mapping[str, Any]]]] = {}
     before = 0
@@ -79,18 +73,11 @@ def curves_part(
         rows.append([f"{last['epoch']:.4g}", str(last["step"]), *losses, *measured])
     if len(rows) > MAX_ROWS:
         rows = [rows[round(i * (len(rows) - 1) / (MAX_ROWS - 1))] for i in range(MAX_ROWS)]
-    columns = (
-        ["loss", head.loss, head.divergence, f"alpha/2 x {head.divergence} over {head.loss}"] if alpha else ["loss"]
-    )
+    terms = (head.loss, head.divergence, f"alpha/2 x {head.divergence} over {head.loss}") if alpha else ()
     evaluated = [inline(f"evaluation {name.replace('_', ' ')}") for name in names]
-    return {
-        "table": table(["epoch", "step", *columns, *evaluated], rows),
-        "thinned": len(epochs) > MAX_ROWS,
-        "head": head,
-        "alpha": alpha,
-        "interval": interval,
-        "plot": None,
-    }
+    text = table(["epoch", "step", "loss", *terms, *evaluated], rows)
+    thinned = len(epochs) > MAX_ROWS
+    return {"table": text, "thinned": thinned, "head": head, "alpha": alpha, "interval": interval, "plot": None}
 
 
 def _epoch(line: Mapping[str, Any]) -> int:
@@ -102,7 +89,7 @@ def _mean(weighted: Sequence[tuple[int, Mapping[str, Any]]], name: str) -> float
 
 
 def plot_curves(history: Sequence[Mapping[str, Any]], head: HeadFacts, path: Path) -> bool:
-    """CE and KL over epochs as a picture beside the card; False without matplotlib or with fewer than two lines."""
+    """Plot CE and KL over epochs beside the card; False without matplotlib or with fewer than two lines."""
     lines = training_lines(history)
     try:
         from matplotlib.figure import Figure  # not pyplot: it would choose a backend for the user's program

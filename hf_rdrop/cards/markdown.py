@@ -1,9 +1,10 @@
-"""The text of model cards: one template, markdown that no name can break, names that tell nothing of this machine."""
+"""Write the text of model cards: one template, markdown that no name can break, no paths of this machine."""
 
 import json
 import math
 import re
 from collections.abc import Iterable, Sequence
+from functools import partial
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from jinja2 import Environment, StrictUndefined
 
 NOTHING = "–"
 TEMPLATE = Path(__file__).with_name("template.md")
-#: What the template can tell; each part is left out when nothing is given for it.
+#: Parts of the template; each is left out when nothing is given for it.
 PARTS = (
     *("title", "about", "reference", "evaluation", "usage", "rdrop", "curves", "outcome", "comparison", "tables"),
     *("consistency", "settings", "reproduce", "hyperparameters", "versions", "limitations", "library"),
@@ -30,13 +31,13 @@ _PATH_INSIDE = re.compile(r"(?:file:/*|(?<![\w/])(?:~|\.{1,2}|[A-Za-z]:)?(?!//)[
 
 
 def last_part(path: str) -> str:
-    """The last component of a path of any system; "" when it has none."""
+    """Return the last component of a path of any system; "" when it has none."""
     parts = [part for part in re.split(r"[/\\]", path) if part not in ("", ".", "..", "~")]
     return parts[-1] if parts else ""
 
 
 def public(value: Any) -> str:
-    """A value as others may see it: of every path on this machine only the last component."""
+    """Cut every path of this machine in a value to its last component."""
     text = str(value)
     if _PATH_START.match(text) or (re.search(r"[/\\]", text) and Path(text).exists()):
         return last_part(text)
@@ -44,7 +45,7 @@ def public(value: Any) -> str:
 
 
 def is_hub_id(name: Any) -> bool:
-    """Whether this can be the name of a repository on the Hub, and is not that of a folder here."""
+    """Tell whether this can be the name of a repository on the Hub, and is not that of a folder here."""
     if not isinstance(name, str) or not name or Path(name).exists():
         return False
     try:
@@ -58,29 +59,29 @@ def is_hub_id(name: Any) -> bool:
 
 
 def inline(value: Any) -> str:
-    """A text in a line of markdown, shown as it is."""
+    """Escape a text for a line of markdown."""
     line = "".join(letter for letter in " ".join(str(value).split()) if letter.isprintable())
     return _MARKDOWN.sub(lambda found: f"\\{found[0]}", line)
 
 
 def code(value: Any) -> str:
-    """A text as code within a line."""
+    """Mark a text as code within a line."""
     return f"`{' '.join(str(value).split()).replace('`', chr(39)) or ' '}`"
 
 
 def link(name: str, kind: str = "") -> str:
-    """A name, as a link if it is one on the Hub; `kind` is "datasets/" for a data set."""
+    """Link a name if it can be one on the Hub; `kind` is "datasets/" for a data set."""
     return f"[{inline(name)}](https://huggingface.co/{kind}{name})" if is_hub_id(name) else inline(public(name))
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A markdown table of cells that are markdown already."""
+    """Build a markdown table of cells that are markdown already."""
     lines = (columns, ["---"] * len(columns), *rows)
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |" for cells in lines)
 
 
 def number(value: Any) -> str:
-    """A figure with four significant digits; other values as text, None as a dash."""
+    """Format a figure with four significant digits, other values as text, None as a dash."""
     if value is None:
         return NOTHING
     if isinstance(value, bool) or not isinstance(value, Real):
@@ -91,7 +92,7 @@ def number(value: Any) -> str:
 
 
 def spread(mean: float, std: float | None, form: str = ".2f") -> str:
-    """Mean ± standard deviation."""
+    """Format mean ± standard deviation."""
     return f"{mean:{form}}" if std is None else f"{mean:{form}} ± {std:{form}}"
 
 
@@ -99,22 +100,14 @@ def spread(mean: float, std: float | None, form: str = ".2f") -> str:
 
 
 def render(data: ModelCardData, **parts: Any) -> ModelCard:
-    """Fill in the template.
-
-    Args:
-        data: the metadata.
-        parts: any of `PARTS`.
+    """Fill metadata and any of `PARTS` into the template.
 
     Raises:
-        ValueError: the metadata are none that `huggingface_hub` accepts.
+        ValueError: `huggingface_hub` does not accept the metadata.
     """
     # ModelCard.from_template would render the undefined as nothing, and leaves an empty line for every {% if %}.
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
-    environment.filters |= {
-        "inline": inline,
-        "code": code,
-        "quoted": lambda text: json.dumps(text, ensure_ascii=False),
-    }
+    environment.filters |= {"inline": inline, "code": code, "quoted": partial(json.dumps, ensure_ascii=False)}
     template = environment.from_string(TEMPLATE.read_text("utf-8"))
     text = template.render(dict.fromkeys(PARTS) | {"metadata": data.to_yaml()} | parts)
     return ModelCard(re.sub(r"\n{3,}", "\n\n", text).rstrip("\n") + "\n")

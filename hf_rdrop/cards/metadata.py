@@ -1,4 +1,4 @@
-"""The metadata of a model card: what the base class found, checked, and results that the Hub can read."""
+"""Check and complete the metadata of a model card, with results that the Hub can read."""
 
 import math
 import re
@@ -18,24 +18,24 @@ _SAME_NAMES = (
     *("accuracy", "f1", "precision", "recall", "matthews_correlation", "roc_auc", "exact_match", "perplexity"),
     *("mse", "mae", "pearsonr", "spearmanr", "bleu", "sacrebleu", "chrf", "ter", "meteor", "wer", "cer"),
 )
-#: What the Hub calls the metrics of an evaluation; others (loss, ece, ...) are not among its metrics.
+#: The Hub's names of an evaluation's metrics; others (loss, ece, ...) are not among its metrics.
 HUB_METRICS = {
     **{name: name for name in _SAME_NAMES},
     **dict.fromkeys(("rouge", "rouge1", "rouge2", "rougeL", "rougeLsum"), "rouge"),
     **dict.fromkeys(("f1_macro", "f1_micro"), "f1"),
     **{"pearson": "pearsonr", "spearman": "spearmanr", "brier": "brier_score"},
 }
-# What `datasets` calls a data set that was read from files or made in memory: no name of one.
+# Names that `datasets` gives to data sets read from files or made in memory.
 FILES = frozenset({"arrow", "csv", "generator", "json", "pandas", "parquet", "sql", "text", "webdataset", "xml"})
 
 
 def as_list(value: Any) -> list[str]:
-    """What may be None, one string, or several, without those that are None."""
+    """List what may be None, one string, or several, without those that are None."""
     return [value] if isinstance(value, str) else [item for item in value or () if item is not None]
 
 
 def find_title(args: TrainingArguments, summary: TrainingSummary, base_name: str) -> str:
-    """The model's name: never more than the last component of a path."""
+    """Find the model's name: never more than the last component of a path."""
     hub_id, folder = args.hub_model_id or "", str(args.output_dir)
     candidates = (str(summary.model_name or ""), hub_id, folder, str(Path(folder).resolve()), base_name)
     return next(filter(None, map(last_part, candidates)), "model")
@@ -45,24 +45,21 @@ def fill_in(
     data: ModelCardData,
     summary: TrainingSummary,
     evaluation: Mapping[str, Any] | None,
-    *,
     title: str,
     base_name: str,
     task: str | None,
+    *,
     more_tags: Sequence[str],
     with_rdrop: bool,
 ) -> None:
-    """Complete the base class's metadata, in place, and take out of them what is no name on the Hub.
+    """Complete the base class's metadata in place, and remove what is no name on the Hub.
 
     Args:
-        data: the metadata.
-        summary: the base class's summary of the training.
-        evaluation: what `last_evaluation` found.
-        title: the model's name.
-        base_name: that of the model that training began with; "" for none.
+        data, summary: the base class's metadata and summary of the training.
+        evaluation: as `last_evaluation` finds it.
+        title, base_name: names of the model and of the one that training began with, or "".
         task: the Hub's name of the task, where the summary has none.
-        more_tags: tags to add.
-        with_rdrop: whether the model was trained with R-Drop.
+        more_tags, with_rdrop: tags to add, and whether the model was trained with R-Drop.
     """
     tags = {tag for tag in (*as_list(data.tags), *more_tags) if _is_public(tag)} - {TAG}
     data.tags = sorted(tags | {TAG} if with_rdrop else tags)
@@ -76,7 +73,7 @@ def fill_in(
 
 
 def _is_public(tag: str) -> bool:
-    """PEFT names the base model in a tag (base_model:adapter:NAME), and it may be a folder."""
+    """Tell whether a tag names no folder; PEFT names the base model in one (base_model:adapter:NAME)."""
     return is_hub_id(tag.rpartition(":")[2]) if tag.startswith("base_model:") else public(tag) == tag
 
 
@@ -87,9 +84,8 @@ def _is_finite(value: Any) -> bool:
 def _eval_results(
     data: ModelCardData, task: str | None, summary: TrainingSummary, metrics: Mapping[str, float]
 ) -> list[EvalResult]:
-    """Results for a `model-index`; none unless it is known on which task and which one data set they were found."""
-    tasks = as_list(summary.tasks) or as_list(task)
-    names = as_list(data.datasets)
+    """List results for a `model-index`; none unless the task and the one data set are known."""
+    tasks, names = as_list(summary.tasks) or as_list(task), as_list(data.datasets)
     if not tasks or len(names) != 1:
         return []
     metadata: Any = summary.dataset_metadata  # a list, whatever its annotation says

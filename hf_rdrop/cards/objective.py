@@ -1,4 +1,4 @@
-"""The objective on a model card where it is another than R-Drop's as published: its terms, and what else differs."""
+"""Describe on a model card where the objective differs from R-Drop's as published: its terms, and other options."""
 
 from typing import Any
 
@@ -24,17 +24,12 @@ _RISES = {"linear": "linearly", "sigmoid": "as exp(-5 (1 - t)^2) for t from 0 to
 
 
 def objective_facts(settings: Settings, regression: bool, own_logits: bool = False) -> dict[str, Any]:
-    """Put the settings into the words that the template tells them with.
-
-    Args:
-        settings: R-Drop's arguments.
-        regression: whether predictions are numbers and not distributions.
-        own_logits: whether `logits_for_agreement` was given.
+    """Put the settings into the words of the template; `own_logits`: whether `logits_for_agreement` was given.
 
     Returns:
         `agreement`, the sum of terms as text, and `terms`, their definitions, both empty for the symmetric KL alone;
-        `within`, whether terms look at hidden states;
-        `sources` of sub-models beside dropout; `schedule` of alpha, "" when constant; `unlabeled`; `own_logits`.
+        `within`, whether terms look at hidden states; `sources` of sub-models beside dropout; `schedule` of alpha, ""
+        when constant; `unlabeled`; `own_logits`.
     """
     terms = parse_agreement(settings.agreement)
     variant = own_logits or terms != (Term("symmetric_kl", 1.0),)

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: which are whole, what is wrong with the others, and what to say when one cannot be written."""
+"""Find damage in checkpoints, choose the one to resume from, and explain why one cannot be written."""
 
 import errno
 import json
@@ -38,7 +38,7 @@ class CheckpointError(OSError):
 
 
 def is_finished(checkpoint: Path) -> bool:
-    """Whether the checkpoint was written to its end."""
+    """Tell whether a checkpoint was written to its end."""
     try:
         state = json.loads((checkpoint / STATE).read_text("utf-8"))
     except (OSError, ValueError):
@@ -47,12 +47,11 @@ def is_finished(checkpoint: Path) -> bool:
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint; None when it is whole.
+    """Say what is wrong with a checkpoint; None when it is whole.
 
-    Looks for unfinished, missing, truncated and garbled files: the headers of the weights against their length, and
-    the checksums in what `torch.save` wrote. Nothing is unpickled. Weights changed in their middle are not noticed:
-    that format has no checksums. Sharded weights, adapters, checkpoints of several processes (DDP, FSDP, DeepSpeed)
-    and those with the weights alone are whole checkpoints, too.
+    Looks for unfinished, missing, truncated and garbled files, by the headers of the weights and the checksums of
+    `torch.save`; nothing is unpickled. Weights changed in their middle are not noticed: safetensors has no checksums.
+    Sharded weights, adapters, checkpoints of several processes (DDP, FSDP, DeepSpeed) and of weights alone are whole.
     """
     if not checkpoint.is_dir():
         return "there is no such folder"
@@ -93,13 +92,13 @@ def _find(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The folders `checkpoint-*`, unfinished ones too, the newest first."""
+    """List the folders `checkpoint-*`, unfinished ones too, the newest first."""
     found = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit() and path.is_dir()]
     return sorted(found, key=lambda path: int(path.name[11:]), reverse=True)
 
 
 def last_finished(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end; says so when it passes over newer ones."""
+    """Find the newest checkpoint that was written to its end, with a warning for newer ones that were not."""
     checkpoints = list_checkpoints(folder)
     last = next(filter(is_finished, checkpoints), None)
     for path in checkpoints[: checkpoints.index(last) if last else None]:
@@ -110,12 +109,10 @@ def last_finished(folder: Path) -> Path | None:
 def check_checkpoint(checkpoint: Path, option: str = OPTION) -> None:
     """Refuse a damaged checkpoint before anything is done with it.
 
-    Args:
-        checkpoint: folder.
-        option: how to name another one to the program, a format of one place.
+    `option` is a format of one place, by which the message names another checkpoint to the program.
 
     Raises:
-        ValueError: what is wrong with it, and the newest whole one beside it.
+        ValueError: with the damage, and the newest whole checkpoint beside it.
     """
     if (damage := find_damage(checkpoint)) is None:
         return
@@ -129,15 +126,15 @@ def check_checkpoint(checkpoint: Path, option: str = OPTION) -> None:
 
 
 def checkpoint_to_resume(resume: bool | str | None, folder: Path, option: str = OPTION) -> str | None:
-    """Find the checkpoint to go on from, and refuse a damaged one.
+    """Find the checkpoint to resume from, and refuse a damaged one.
 
     Args:
         resume: its folder; True for the newest one in `folder` that was written to its end; None or False for none.
         folder: the output folder of the run.
-        option: how to name a checkpoint to the program, a format of one place.
+        option: as for `check_checkpoint`.
 
     Raises:
-        ValueError: there is none to go on from, or it is damaged.
+        ValueError: there is none, or it is damaged.
     """
     if not resume:
         return None
@@ -157,15 +154,15 @@ def checkpoint_to_resume(resume: bool | str | None, folder: Path, option: str = 
 
 @contextmanager
 def saving(checkpoint: Path, option: str = OPTION, *, writer: bool = True) -> Iterator[None]:
-    """Write a checkpoint in the `with` block; one that cannot be written is taken away again.
+    """Write a checkpoint in the `with` block, and remove it again if it cannot be written.
 
     Args:
         checkpoint: folder, there or not; while it is written it counts as unfinished.
-        option: how to name a checkpoint to the program, a format of one place.
+        option: as for `check_checkpoint`.
         writer: whether this process is the one that finishes it.
 
     Raises:
-        CheckpointError: the disk is full; where, and from which checkpoint to go on.
+        CheckpointError: the disk is full; with the checkpoint to resume from.
     """
     if writer:
         (checkpoint / STATE).unlink(missing_ok=True)
@@ -181,7 +178,7 @@ def saving(checkpoint: Path, option: str = OPTION, *, writer: bool = True) -> It
 
 
 def how_to_go_on(folder: Path, option: str = OPTION) -> str:
-    """The last whole checkpoint in a folder, and the argument that names it."""
+    """Name the last whole checkpoint in a folder, and the argument that resumes from it."""
     last = next((path for path in list_checkpoints(folder) if find_damage(path) is None), None)
     if last is None:
         return "There is no checkpoint to go on from: make room, and start anew in another folder."
@@ -189,7 +186,7 @@ def how_to_go_on(folder: Path, option: str = OPTION) -> str:
 
 
 def why_not_written(error: BaseException, folder: Path) -> str | None:
-    """Why the file system did not take what was written to it; None when an error is of another kind."""
+    """Say why a file could not be written; None for an error of another kind."""
     seen: BaseException | None = error
     while seen is not None:
         reason = None

@@ -1,4 +1,4 @@
-"""A resumed run is the uninterrupted one: its data order, its logs, and checkpoints that are whole."""
+"""Resume a run exactly: with its order of the data, its logs, and whole checkpoints."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,14 +23,14 @@ class KeptLog(Protocol):
     """Sums since the last log line, which a checkpoint keeps."""
 
     def state(self, gather: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, Any]:
-        """Give the sums, as means over all processes, in a form for JSON."""
+        """Return the sums, as means over all processes, in a form for JSON."""
 
 
 class EpochSeededSampler(Sampler):
-    """Length grouping in an order that seed and epoch alone decide.
+    """Group by length in an order that seed and epoch alone decide.
 
-    The Trainer's own draws from the global generator, so the order would depend on how many random numbers dropout
-    used up (on alpha, that is), would differ between ranks, and would change when a run is resumed within an epoch.
+    Trainer's own order comes from the global generator: it depends on the random numbers that dropout has drawn,
+    differs between ranks, and changes when a run is resumed within an epoch.
     """
 
     def __init__(self, grouped: LengthGroupedSampler, seed: int) -> None:
@@ -48,7 +48,7 @@ class EpochSeededSampler(Sampler):
 
 
 class ResumeMixin(_AnyTrainer):
-    """Checkpoints of a `Trainer` from which it goes on exactly, also in the middle of an epoch or of a log interval.
+    """Let a `Trainer` resume exactly, also in the middle of an epoch or of a log interval.
 
     Raises:
         ValueError: the checkpoint to resume from is damaged; with the newest whole one beside it.
@@ -63,7 +63,7 @@ class ResumeMixin(_AnyTrainer):
         self._kept = log
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As the base class's; `True` takes the newest checkpoint that was written to its end."""
+        """Train as the base class does; `True` takes the newest checkpoint that was written to its end."""
         folder = Path(str(self.args.output_dir))
         resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, folder, self.resume_option)
         return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -76,21 +76,19 @@ class ResumeMixin(_AnyTrainer):
         return sampler
 
     def _save_checkpoint(self, model: Any, trial: Any, *args: Any, **kwargs: Any) -> None:
-        gather = self.accelerator.gather
-        kept = {} if self._kept is None else self._kept.state(gather)
-        sums = {**kept, "trainer_loss": gather(self._tr_loss[None]).mean().item()}
-        sums |= {"step": self.state.global_step, "logged": self._globalstep_last_logged}
+        gather, step = self.accelerator.gather, self.state.global_step
         states: Any = self.state.stateful_callbacks
-        states[SUMS] = sums
-        checkpoint = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+        kept = {} if self._kept is None else self._kept.state(gather)
+        loss = gather(self._tr_loss[None]).mean().item()
+        states[SUMS] = {**kept, "trainer_loss": loss, "step": step, "logged": self._globalstep_last_logged}
+        checkpoint = Path(self._get_output_dir(trial=trial), f"checkpoint-{step}")
         with saving(checkpoint, self.resume_option, writer=self.args.should_save):
             super()._save_checkpoint(model, trial, *args, **kwargs)
 
     def restore_sums(self) -> dict[str, Any] | None:
-        """Go on within a log interval: put the Trainer's sums of losses back; when training begins.
+        """Put Trainer's sums of losses back when training begins, and return those of the log that was kept.
 
-        Returns:
-            What the log that was kept had saved; None unless the run resumes from a checkpoint between two log lines.
+        Returns None unless the run resumes from a checkpoint.
         """
         states: Any = self.state.stateful_callbacks
         sums = states.get(SUMS)
@@ -103,7 +101,7 @@ class ResumeMixin(_AnyTrainer):
 
 
 def set_epoch(dataloader: Any, epoch: int) -> None:
-    """Tell the sampler its epoch: when a run resumes within one, accelerate does not hand it through to each kind."""
+    """Tell every sampler its epoch: resuming within one, accelerate does not hand it through to each kind."""
     sampler = getattr(dataloader, "batch_sampler", None)
     while sampler is not None:
         if hasattr(sampler, "set_epoch"):

@@ -1,7 +1,7 @@
-"""Whether a model with dropout off is what its dropout sub-models are: their scores, their ensemble, their distances.
+"""Compare a model with dropout off with its dropout sub-models and their ensemble.
 
-R-Drop's claim as numbers. A network trained with dropout is many sub-models with shared weights. At test time one uses
-the whole network (weight averaging) in the hope that it predicts what the sub-models' average would (model averaging).
+A network trained with dropout is many sub-models with shared weights. At test time one uses the whole network (weight
+averaging) in the hope that it predicts what the sub-models' average would (model averaging).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -36,21 +36,21 @@ class Score:
 
     @property
     def mean(self) -> float:
-        """Mean over the sub-models."""
+        """Average over the sub-models."""
         return float(np.mean(self.sub_models))
 
     @property
     def std(self) -> float:
-        """Standard deviation over the sub-models (n - 1 in the denominator)."""
+        """Compute the standard deviation over the sub-models (n - 1 in the denominator)."""
         return float(np.std(self.sub_models, ddof=1))
 
 
 @dataclass(frozen=True)
 class Consistency:
-    """What [`measure_consistency`] found.
+    """Results of [`measure_consistency`].
 
-    Distances are symmetric KL divergences in nats, ``1/2 sum_c (p_c - q_c)(log p_c - log q_c)``, averaged over the
-    items; for multi-label heads of each label's Bernoulli, for regression squared differences of the predictions.
+    Divergences are symmetric KL in nats, ``1/2 sum_c (p_c - q_c)(log p_c - log q_c)``, averaged over the items; for
+    multi-label heads of each label's Bernoulli, for regression squared differences of the predictions.
 
     Args:
         num_samples: n, the number of passes with dropout.
@@ -58,8 +58,8 @@ class Consistency:
         scores: `"loss"` (mean negative log-likelihood, without label smoothing; for regression the mean squared
             error), `"accuracy"` (share of items; not for regression), and those of `compute_metrics`.
         between_sub_models: mean over all pairs of sub-models.
-        to_dropout_off: mean over the sub-models of the distance to the model with dropout off.
-        ensembles_to_dropout_off: distance of the ensemble of the first 1, 2, ..., n sub-models to it.
+        to_dropout_off: mean over the sub-models of the divergence from the model with dropout off.
+        ensembles_to_dropout_off: divergence of the ensemble of the first 1, 2, ..., n sub-models from it.
     """
 
     num_samples: int
@@ -70,16 +70,15 @@ class Consistency:
     ensembles_to_dropout_off: tuple[float, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as plain types for a JSON file; the scores with their `mean` and `std` over sub-models."""
+        """Convert everything to plain types for a JSON file, the scores with their `mean` and `std`."""
         scores = {name: asdict(score) | {"mean": score.mean, "std": score.std} for name, score in self.scores.items()}
         return asdict(self) | {"scores": scores}
 
     def metrics(self, prefix: str = "consistency") -> dict[str, float]:
-        """The single figures, to put among other metrics.
+        """Return the single figures, to put among other metrics.
 
-        Returns:
-            `{prefix}_kl_between`, `_kl_to_off`, `_kl_ensemble` (of all n sub-models to dropout off), and for each
-            score `{prefix}_{score}_off`, `_sub` (mean of the sub-models), `_std` and `_ensemble` (of all n).
+        They are `{prefix}_kl_between`, `_kl_to_off`, `_kl_ensemble` (of all n sub-models to dropout off), and for each
+        score `{prefix}_{score}_off`, `_sub` (mean of the sub-models), `_std` and `_ensemble` (of all n).
         """
         found = {
             "kl_between": self.between_sub_models,
@@ -102,13 +101,12 @@ def measure_consistency(
 ) -> Consistency:
     """Compare a model with dropout off with its dropout sub-models and their ensemble, on held-out data.
 
-    One pass over the data with 1 + n forwards a batch: dropout off, and n draws of dropout masks (model.train(), but
-    batch norms stay in evaluation). Language models are measured per token with the true tokens before it. The
-    logits of a pass are dropped before the next one (`PassSums`), so memory does not grow with n.
+    Each batch takes 1 + n forwards: dropout off, and n draws of dropout masks (model.train(), but batch norms stay in
+    evaluation). Language models are measured per token with the true tokens before it. The logits of a pass are
+    dropped before the next one, so memory does not grow with n.
 
-    Nothing is changed: modes, buffers and random state (CPU and CUDA) are the caller's again afterwards. For mixed
-    precision call it under `torch.autocast`; probabilities and divergences are in float32 (float64 for a model in
-    float64), sums over the data in float64.
+    Modes, buffers and random state (CPU and CUDA) are the caller's again afterwards. For mixed precision call it under
+    `torch.autocast`. Probabilities and divergences are in float32 (float64 for a model in float64), sums in float64.
 
     Args:
         model: any model with one of the supported heads, on the device where it is to run.
@@ -118,15 +116,10 @@ def measure_consistency(
         seed: of the dropout masks; the same seed gives the same result.
         compute_metrics: further scores, from predictions and labels as NumPy arrays: class indices (0/1 per label for
             multi-label heads, numbers for regression) of shape `[rows]` or `[rows, positions]`, shorter rows filled
-            up with -100, labels of causal language models shifted. Called 2 n + 1 times; needs 2 n + 1 integers an
-            item in memory.
-
-    Returns:
-        A [`Consistency`].
+            up with -100, labels of causal language models shifted. Called 2 n + 1 times.
 
     Raises:
-        ValueError: num_samples is below 2, nothing in the model is random, the data hold no batch, a batch no labels,
-            or none of the labels counts.
+        ValueError: num_samples is below 2, nothing in the model is random, or the data hold no labels that count.
 
     Source: Liang et al. 2021, theoretical analysis (the gap between the sub-models and the whole model).
 
@@ -182,11 +175,7 @@ def measure_consistency(
 
 
 def check_measurable(model: nn.Module, num_samples: int) -> None:
-    """Check what can be checked without data.
-
-    Raises:
-        ValueError: `num_samples` is no whole number of at least 2, or nothing in the model is random.
-    """
+    """Raise `ValueError` unless `num_samples` is an integer >= 2 and something in the model is random."""
     if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 2:
         raise ValueError(
             f"num_samples is {num_samples!r}, but at least two sub-models are needed to say how far they are apart: "
@@ -201,19 +190,16 @@ def check_measurable(model: nn.Module, num_samples: int) -> None:
 
 
 def _score(values: list[float]) -> Score:
-    """From the values of dropout off, of n passes, of n ensembles."""
+    """Take apart the values of dropout off, of n passes, of n ensembles."""
     n = len(values) // 2
     return Score(values[0], tuple(values[1 : n + 1]), tuple(values[n + 1 :]))
 
 
 def _join(batches: tuple[np.ndarray, ...]) -> np.ndarray:
-    """`[k, rows, ...]` of all batches as one, positions filled up with -100."""
-    longest = max(batch.shape[-1] for batch in batches)
-    if batches[0].ndim > 2:
-        widths = [(0, 0)] * (batches[0].ndim - 1)
-        batches = tuple(
-            np.pad(batch, [*widths, (0, longest - batch.shape[-1])], constant_values=-100) for batch in batches
-        )
+    """Join `[k, rows, ...]` of all batches, positions filled up with -100."""
+    longest, same = max(batch.shape[-1] for batch in batches), [(0, 0)] * (batches[0].ndim - 1)
+    if same[1:]:
+        batches = tuple(np.pad(b, [*same, (0, longest - b.shape[-1])], constant_values=-100) for b in batches)
     return np.concatenate(batches, axis=1)
 
 
@@ -231,7 +217,7 @@ def _with_labels(inputs: Mapping[str, Any], device: torch.device) -> tuple[dict[
 
 @contextmanager
 def _caller_undisturbed(model: nn.Module, seed: int) -> Iterator[None]:
-    """Random numbers from `seed` for a moment; afterwards random state and buffers are the caller's again."""
+    """Draw random numbers from `seed` within the block; put random state and buffers back afterwards."""
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
@@ -247,12 +233,9 @@ def _caller_undisturbed(model: nn.Module, seed: int) -> Iterator[None]:
 
 @contextmanager
 def _dropout_on(model: nn.Module) -> Iterator[None]:
-    """Training mode for a moment, but with batch norms in evaluation: their statistics are no matter of dropout.
-
-    All other modules, because a rate may belong to one module and be applied by the one around it (BERT's attention).
-    """
+    """Train within the block, except batch norms, whose statistics have nothing to do with dropout."""
     with modes_restored(model):
-        model.train()
+        model.train()  # all, because a rate may be applied by the module around its own (BERT's attention)
         for module in model.modules():
             if isinstance(module, _NormBase):
                 module.eval()

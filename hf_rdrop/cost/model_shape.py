@@ -1,4 +1,4 @@
-"""The sizes of a model and of its batches that decide what a training step costs."""
+"""Read off a model and its batches the sizes that decide the cost of a training step."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
-from ..fused.head import find_head
+from ..fused.head import find_output_embeddings
 from ..trunk.shared import find_layer_stacks
 
-# How configurations name the dropout of attention probabilities, with which no kernel of the CPU avoids keeping them.
+# Names of attention dropout in configurations; with it, no kernel of the CPU avoids keeping the probabilities.
 _ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop", "dropout_rate")
 
 
@@ -21,11 +21,10 @@ class LayerStack(NamedTuple):
         layers: their number L.
         length: tokens T of an example.
         weights: parameters W in the matrices of one layer; each is multiplied with every token.
-        kept: features K that one layer keeps of a token for its backward pass, without R. About twice what its
-            matrices put out, which is kept by what comes next and again behind that (normalised, activated, masked).
+        kept: features K that one layer keeps of a token for its backward pass, without R: about twice what its
+            matrices put out, once as they are and once normalised, activated or masked.
         attention: A, width (heads x their size) times tokens attended to, added up over the attentions of one layer.
-        probabilities: R, heads x tokens attended to, whose probabilities are kept as such, as a mask and multiplied
-            with it; 0 with kernels that keep none.
+        probabilities: R, heads x tokens attended to, if their probabilities, masks and products are kept; else 0.
     """
 
     layers: int
@@ -37,12 +36,12 @@ class LayerStack(NamedTuple):
 
 
 class ModelShape(NamedTuple):
-    """The sizes that decide the cost of a step: read off a model by `describe_model`, or written down by hand.
+    """Sizes that decide the cost of a step, read off a model by `describe_model` or written down by hand.
 
     Args:
         stacks: in the order in which they run, so that the shared layers come first.
         batch_size: examples B of a plain batch on one device.
-        items: places N of an example that are scored: its tokens, or 1.
+        items: scored places N of an example: its tokens, or 1.
         width: features D that go into the last matrix.
         classes: size V of the vocabulary, or number of classes.
         trainable, trained_share: parameters P that are trained, and the share of the matrices' weights that is.
@@ -68,18 +67,15 @@ class ModelShape(NamedTuple):
     tied: bool = False
 
     def kept_bytes(self, stack: LayerStack) -> float:
-        """Bytes that a layer keeps of a token: norms and residuals are float32 in mixed precision too."""
-        return (
-            (1.4 if self.itemsize < self.gradient_itemsize else 1)
-            * self.itemsize
-            * (stack.kept + 3 * stack.probabilities)
-        )
+        """Count the bytes that a layer keeps of a token: norms and residuals are float32 in mixed precision too."""
+        mixed = 1.4 if self.itemsize < self.gradient_itemsize else 1
+        return mixed * self.itemsize * (stack.kept + 3 * stack.probabilities)
 
 
 def decoder_shape(
     layers: int, width: int, inner: int, *, vocab_size: int, length: int, batch_size: int = 1, **others: Any
 ) -> ModelShape:
-    """The shape of a decoder as Llama's, trained in bfloat16 on a GPU, for predictions on paper.
+    """Work out the shape of a decoder such as Llama, trained in bfloat16 on a GPU.
 
     Args:
         layers, width, inner, vocab_size, length, batch_size: L, D, features in its gated feed-forward layers, V, T, B.
@@ -94,21 +90,16 @@ def decoder_shape(
 
 
 def describe_model(model: nn.Module, inputs: Mapping[str, Any], *, itemsize: int | None = None) -> ModelShape | None:
-    """Read the sizes that decide the cost off a model and one of its training batches (not repeated).
+    """Read the sizes off a model (without wrappers for parallelism) and a training batch with labels, not repeated.
 
-    Args:
-        model: the model itself, without wrappers for parallelism.
-        inputs: a batch with its labels.
-        itemsize: bytes of an activation: 2 in mixed precision; by default those of a parameter.
-
-    Returns:
-        The shape; None where it cannot be read: no stack of Transformers' layers, no labels, no tokens.
+    `itemsize` is that of an activation in bytes: 2 in mixed precision, by default that of a parameter. Returns None
+    without a stack of Transformers' layers, labels or tokens.
     """
     config: Any = getattr(model, "config", None)
     batch: list[Any] = [inputs.get(name) for name in ("labels", "input_ids")]
     sizes: list[Any] = [getattr(config, name, None) for name in ("num_attention_heads", "hidden_size")]
     (labels, tokens), (heads, width) = batch, sizes
-    stacks, matrices, is_lm = find_layer_stacks(model), _matrices(model), find_head(model) is not None
+    stacks, matrices, is_lm = find_layer_stacks(model), _matrices(model), find_output_embeddings(model) is not None
     readable = [isinstance(x, Tensor) for x in batch] + [isinstance(x, int) for x in sizes]
     if not (stacks and matrices and all(readable)):
         return None
@@ -148,7 +139,7 @@ def describe_model(model: nn.Module, inputs: Mapping[str, Any], *, itemsize: int
 
 
 def _matrices(module: nn.Module) -> list[tuple[int, int, bool]]:
-    """Features in, features out and whether it is trained, of every matrix (also of 4 bits, or on other processes)."""
+    """List features in, features out and whether it is trained, for every matrix (also 4-bit or sharded ones)."""
     linear: list[Any] = [m for m in module.modules() if isinstance(m, (nn.Linear, Conv1D))]
     sizes = ((m.nx, m.nf) if isinstance(m, Conv1D) else (m.in_features, m.out_features) for m in linear)
     return [(*size, m.weight.requires_grad) for size, m in zip(sizes, linear, strict=True)]

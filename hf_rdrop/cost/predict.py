@@ -1,4 +1,4 @@
-"""What a training step with R-Drop costs beside a plain one, from the sizes of the model and of the batch alone."""
+"""Predict what a training step with R-Drop costs beside a plain one, from the sizes of model and batch alone."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from .model_shape import LayerStack, ModelShape
 
 
 class StepCost(NamedTuple):
-    """Mean `time` and peak `memory` of a step over those of a plain step on the same batch; that peak in bytes."""
+    """Mean `time` and peak `memory` of a step as ratios to a plain step on the same batch; the peak in bytes."""
 
     time: float
     memory: float
@@ -20,18 +20,18 @@ class StepCost(NamedTuple):
 
 
 class Machine(NamedTuple):
-    """What the work beside matrix products costs, in FLOPs of matrix products that take as long."""
+    """Costs of the work beside matrix products, in FLOPs of matrix products that take as long."""
 
     kept_byte: float  # made and read forward, read backward; its gradient made and read
     logit: float  # plain cross-entropy
-    rdrop_logit: float  # cross-entropy and agreement on full logits
+    rdrop_logit: float  # cross-entropy and divergence on full logits
     fused_logit: float  # both in the fused head
     parameter: float  # a trained one: clipping of its gradient, AdamW
 
 
-# CPU: fitted to one benchmark on two cores in float32 (scripts/fit_cost_model.py); dropout is the most of `kept_byte`.
+# CPU: fitted to a benchmark on two cores in float32 (scripts/fit_cost_model.py); most of `kept_byte` is dropout.
 # GPU ("cuda" and every other device): not fitted, but the bytes that each moves (5, 40, 170, 14, 40) times 120, the
-# FLOPs that GPUs do in bfloat16 while moving one byte, at the speeds of both that are reached in practice.
+# bfloat16 FLOPs that GPUs do in practice while moving one byte.
 MACHINES = {
     "cpu": Machine(kept_byte=120, logit=450, rdrop_logit=1700, fused_logit=300, parameter=700),
     "cuda": Machine(kept_byte=600, logit=4800, rdrop_logit=20_400, fused_logit=1680, parameter=4800),
@@ -41,7 +41,7 @@ _BLOCK_COPIES = 4  # temporaries of a block in the fused head on a CPU
 
 
 class Step(NamedTuple):
-    """A kind of training step: see `predict_cost`."""
+    """A kind of training step, described as for `predict_cost`."""
 
     passes: int = 1
     shared_layers: int = 0
@@ -72,9 +72,8 @@ def predict_cost(
         logits(m) = 12 B N V for m = 1, 16 m B N V for R-Drop; fused head: 4 (2 D V + m B N D) or a little more
 
     6 = 2 forward, 2 for the gradient of the input and 2, for trained weights, for theirs. `kept_byte`, `logit` (plain,
-    R-Drop or fused) and `parameter` are constants of the machine: FLOPs that take as long. Checkpointed layers run
-    once more and keep their inputs. With an interval of n, ``time = ((n - 1) time(1) + time(m)) / n``, and the peak is
-    that of the repeated batch.
+    R-Drop or fused) and `parameter` are constants of the machine. Checkpointed layers run once more and keep their
+    inputs. With an interval of n, ``time = ((n - 1) time(1) + time(m)) / n`` with the peak of the repeated batch.
 
     Args:
         shape: sizes of model and batch.
@@ -82,8 +81,8 @@ def predict_cost(
         fused_head: whether full logits are avoided, in the plain steps of the interval too.
         gradient_checkpointing: whether layers keep their inputs only.
         gradient_accumulation_steps: batches to one update.
-        fixed_share: share of a plain step's time, in [0, 1), that is not counted above and the same in both: waiting
-            for data, or for the all-reduce of gradients, which is per parameter.
+        fixed_share: share of a plain step's time, in [0, 1), that R-Drop leaves as it is: waiting for data or for the
+            all-reduce of gradients.
         machine: its constants; by default those of `MACHINES` for the shape's device.
 
     Returns:
@@ -91,7 +90,7 @@ def predict_cost(
         foreseen: models too small to keep a GPU busy (a second pass costs less), mixtures of experts.
 
     Example:
-        >>> from hf_rdrop.model_shape import decoder_shape
+        >>> from hf_rdrop.cost import decoder_shape
         >>> llama_7b = decoder_shape(32, 4096, 11008, vocab_size=32_000, length=2048)
         >>> round(predict_cost(llama_7b, shared_layers=24, fused_head=True).time, 1)
         1.2
@@ -106,7 +105,7 @@ def predict_cost(
 
 
 def step_flops(shape: ModelShape, step: Step) -> float:
-    """FLOPs of the matrix products of a step: 2 for a multiplication with its addition."""
+    """Count the FLOPs of a step's matrix products: 2 for a multiplication with its addition."""
     per_weight, again = 4 + 2 * shape.trained_share, 2 * step.gradient_checkpointing
     layers = sum(
         tokens * ((per_weight + again) * stack.weights + (12 + 2 * again) * stack.attention)
@@ -117,7 +116,7 @@ def step_flops(shape: ModelShape, step: Step) -> float:
 
 
 def peak_memory(shape: ModelShape, step: Step) -> float:
-    """Bytes that a step takes at its peak, as its backward pass begins or ends, beyond weights and optimizer state."""
+    """Count the bytes at a step's peak, as its backward pass begins or ends, without weights and optimizer state."""
     rows, token = step.passes * shape.batch_size, shape.width * shape.itemsize
     kept: float = 4 * token * rows * sum(stack.length for stack in shape.stacks)  # embedded: sum, norm, mask, product
     for stack, tokens in _layer_tokens(shape, step):
@@ -134,16 +133,16 @@ def peak_memory(shape: ModelShape, step: Step) -> float:
         blocks = min(chunk, block) if shape.device_type == "cpu" else 0
         elements = items * shape.width + weight + max(chunk + blocks, weight)
     else:
-        # Log-probabilities, their gradient and the logits'; the agreement's, or the blocks in which it is computed.
-        agreement = max(logits, min(4 * logits, 5.5 * BLOCK_ELEMENTS)) if step.passes > 1 else 0
-        elements = max(3 * logits + agreement, logits + weight)
+        # Log-probabilities, their gradient and the logits'; the divergence's, or the blocks in which it is computed.
+        divergence = max(logits, min(4 * logits, 5.5 * BLOCK_ELEMENTS)) if step.passes > 1 else 0
+        elements = max(3 * logits + divergence, logits + weight)
     start = kept + 4 * elements  # in float32, whatever the precision of the model
     gradients = (shape.trainable + 2 * weight * shape.tied) * shape.gradient_itemsize / shape.shards
     return start + gradients if step.gradient_accumulation_steps > 1 else max(start, gradients)
 
 
 def step_time(shape: ModelShape, step: Step, machine: Machine) -> float:
-    """Time of a step on one batch, in FLOPs of matrix products that take as long."""
+    """Predict the time of a step on one batch, in FLOPs of matrix products that take as long."""
     kept = sum(tokens * shape.kept_bytes(stack) for stack, tokens in _layer_tokens(shape, step))
     logits = step.passes * shape.batch_size * shape.items * shape.classes
     per_logit = machine.logit if step.passes == 1 else machine.rdrop_logit
@@ -153,7 +152,7 @@ def step_time(shape: ModelShape, step: Step, machine: Machine) -> float:
 
 
 def _layer_tokens(shape: ModelShape, step: Step) -> Iterator[tuple[LayerStack, int]]:
-    """Tokens that go through each stack, added up over its layers: B rows in shared layers, m * B in others."""
+    """Count the tokens through each stack, added up over its layers: B rows in shared layers, m * B in others."""
     left = step.shared_layers if step.passes > 1 else 0
     for stack in shape.stacks:
         shared = min(left, stack.layers)

@@ -1,4 +1,4 @@
-"""The arithmetic of the fused loss: a chunk of logits becomes its own gradient, in place."""
+"""Turn a block of logits into its own gradient, in place: the arithmetic of the fused loss."""
 
 import functools
 import logging
@@ -19,33 +19,33 @@ _can_compile = True
 
 
 def logits_to_gradient(
-    logits: Tensor, labels: Tensor, valid: Tensor | None, agreement: float, smoothing: float, scale: float
+    logits: Tensor, labels: Tensor, valid: Tensor | None, factor: float, smoothing: float, scale: float
 ) -> Tensor:
-    """Turn a chunk of logits into their gradient in place. See `linear_rdrop_loss`.
+    """Turn a chunk of logits into their gradient in place.
 
     Args:
         logits: `[m, r, V]` of m passes.
         labels: `[r]`.
         valid: `[r]` boolean, the items that count; None for all of them (as on a CPU).
-        agreement: alpha / 2, that the gradient of the agreement is multiplied by.
+        factor: alpha / 2, the factor of the divergence.
         smoothing: share of the target given to the uniform distribution.
-        scale: that all gradients are multiplied by.
+        scale: factor of all gradients.
 
     Returns:
-        `[2]`, the chunk's sums of CE (over all passes) and agreement.
+        `[2]`, the chunk's sums of CE (over all passes) and divergence.
     """
     if logits.device.type != "cpu":
-        return _on_accelerator(logits, labels, valid, agreement, smoothing, scale)
+        return _on_accelerator(logits, labels, valid, factor, smoothing, scale)
     rows = max(1, BLOCK_ELEMENTS_PER_CORE * torch.get_num_threads() // (len(logits) * logits.shape[-1]))
     sums = [
-        block_to_gradient(logits[:, i : i + rows], labels[i : i + rows], None, agreement, smoothing, scale)
+        block_to_gradient(logits[:, i : i + rows], labels[i : i + rows], None, factor, smoothing, scale)
         for i in range(0, logits.shape[1], rows)
     ]
     return torch.stack(sums).sum(0)
 
 
 def block_to_gradient(
-    logits: Tensor, labels: Tensor, valid: Tensor | None, agreement: float, smoothing: float, scale: float
+    logits: Tensor, labels: Tensor, valid: Tensor | None, factor: float, smoothing: float, scale: float
 ) -> Tensor:
     """Apply the closed form to a block: one exponential per logit, as much as possible in place."""
     passes, items, _ = logits.shape
@@ -59,7 +59,7 @@ def block_to_gradient(
     p, log_total = _softmax_(z)
     ce = (ce + log_total).sum((0, 2))
     if passes > 1:
-        weight = agreement / (passes - 1)
+        weight = factor / (passes - 1)
         u -= log_total - log_total.mean(0)
         v = p - p.mean(0)
         kl = torch.linalg.vecdot(u, v).sum(0) / (passes - 1)
@@ -82,7 +82,7 @@ def block_to_gradient(
 
 
 def _softmax_(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax in place, and the logarithm of its denominator, `[..., 1]`."""
+    """Compute the softmax in place, and the logarithm of its denominator, `[..., 1]`."""
     top = z.amax(-1, keepdim=True)
     total = z.sub_(top).exp_().sum(-1, keepdim=True)
     return z.div_(total), total.log() + top
@@ -95,7 +95,7 @@ def compiled_block() -> Callable[..., Tensor]:
 
 
 def _on_accelerator(*args: Any) -> Tensor:
-    """A block as one fused kernel a chunk where torch.compile works, else operation by operation."""
+    """Run one fused kernel a chunk where torch.compile works, else operation by operation."""
     global _can_compile
     if _can_compile:
         try:

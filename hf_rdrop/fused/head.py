@@ -1,4 +1,4 @@
-"""Computing a language model's loss in place of its head, inside the model's own forward."""
+"""Compute a language model's loss in place of its head, inside the model's own forward."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -34,21 +34,19 @@ def choose_fused_head(
     shift_labels: bool,
     obstacle: str | None,
 ) -> "FusedHead | None":
-    """The `FusedHead` of a model, or None where `mode`, the model or `obstacle` is against it; reasons are logged.
+    """Return the `FusedHead` of a model, or None where `mode`, the model or `obstacle` is against it; log the reason.
 
     Args:
         mode: `"auto"`, `"on"` or `"off"`, as `rdrop_fused_head`.
-        model: the model itself.
-        wrapped: the model as training calls it (in DDP, FSDP, ...).
-        inputs: the first batch, not repeated.
-        labels: its labels.
+        model, wrapped: the model itself, and as training calls it (in DDP, FSDP, ...).
+        inputs, labels: the first batch, not repeated, and its labels.
         shift_labels: whether the head scores position t against label t + 1.
-        obstacle: what the caller knows against it, if anything.
+        obstacle: what the caller knows against it, or None.
 
     Raises:
-        ValueError: with the reason, when it is impossible and `mode` is `"on"`.
+        ValueError: it is impossible and `mode` is `"on"`.
     """
-    if mode == "off" or (mode == "auto" and find_head(model) is None):
+    if mode == "off" or (mode == "auto" and find_output_embeddings(model) is None):
         return None
     try:
         head = FusedHead(model)
@@ -70,28 +68,25 @@ def choose_fused_head(
         return None
 
 
-def find_head(model: Any) -> nn.Module | None:
-    """The module that makes a language model's logits, None for every other model."""
+def find_output_embeddings(model: Any) -> nn.Module | None:
+    """Return the module that makes a language model's logits, None for every other model."""
     return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
 
 class FusedHead:
-    """Takes the place of a model's output embeddings for the length of one forward.
+    """Take the place of the output embeddings of a model (not a wrapper) for the length of one forward.
 
-    The head's `forward`, and nothing else, is replaced: modules, hooks and the order in which they run stay the
-    model's own, so what FSDP and DeepSpeed do around them stays valid. It returns the loss, broadcast to the shape
-    `[m * B, T, 1]`, as the model's "logits": the graph goes through the model's outputs, where those engines look.
-
-    Args:
-        model: the model itself, not wrapped.
+    Only the head's `forward` is replaced: modules, hooks and the order in which they run stay the model's own, so what
+    FSDP and DeepSpeed do around them stays valid. It returns the loss, broadcast to the shape `[m * B, T, 1]`, as the
+    model's "logits": the graph goes through the model's outputs, where those engines look.
 
     Raises:
-        ValueError: when the model has no head for which this is possible; `check` finds out the rest.
+        ValueError: the model has no head for which this is possible; `check` finds out the rest.
     """
 
     def __init__(self, model: nn.Module) -> None:
         name = type(model).__name__
-        head = find_head(model)
+        head = find_output_embeddings(model)
         if head is None:
             raise ValueError(f"{name} has no language-model head (output embeddings)")
         # By its forward and not by its type, which FSDP replaces by a subclass.
@@ -125,7 +120,7 @@ class FusedHead:
         alpha: float,
         label_smoothing: float,
     ) -> RDropLossOutput:
-        """One forward over the repeated batch with `linear_rdrop_loss` in place of the head.
+        """Run one forward over the repeated batch with `linear_rdrop_loss` in place of the head.
 
         Args:
             model: the model as training calls it.
@@ -133,25 +128,16 @@ class FusedHead:
             repeat: repeats a batch, given it and the number of passes.
             passes: m; 1 for a plain step.
             shift_labels: whether the head scores position t against label t + 1.
-            alpha: weight of the agreement.
-            label_smoothing: share of the target given to the uniform distribution.
-
-        Returns:
-            `RDropLossOutput(loss, ce, kl)`: means over the valid labels; only `loss` carries a graph.
+            alpha, label_smoothing: as for `linear_rdrop_loss`.
         """
         inputs = dict(inputs)
         labels = inputs.pop("labels")
         given = inputs.get("decoder_input_ids") is not None or inputs.get("decoder_inputs_embeds") is not None
         if self.needs_decoder_inputs and not given:  # as the model does when it gets labels
             inputs["decoder_input_ids"] = self._decoder_inputs(labels)
-        self._loss = partial(
-            self._linear_loss,
-            final_bias=self._final_bias,
-            labels=shifted_labels(labels) if shift_labels else labels,
-            alpha=alpha,
-            label_smoothing=label_smoothing,
-            passes=passes,
-        )
+        target = shifted_labels(labels) if shift_labels else labels
+        options: dict[str, Any] = {"alpha": alpha, "label_smoothing": label_smoothing, "passes": passes}
+        self._loss = partial(self._linear_loss, final_bias=self._final_bias, labels=target, **options)
         with self._replaced(self._forward, without_final_bias=True):
             outputs = model(**(repeat(inputs, passes) if passes > 1 else inputs))
         found, self._found, self._loss = self._found, None, None
@@ -191,19 +177,13 @@ class FusedHead:
                 self.model._buffers[_FINAL_BIAS] = final_bias
 
     def check(self, model: nn.Module, inputs: Mapping[str, Any], labels: Tensor, shift_labels: bool) -> None:
-        """Try on real rows, with dropout off, that logits and loss are what `linear_rdrop_loss` takes them for.
+        """Try with dropout off, on the first two rows of a batch, that `linear_rdrop_loss` computes the model's loss.
 
-        The head's output is replaced by random numbers, large enough for any soft-capping to show; they must come out
+        The head's output is replaced by random numbers, large enough for any soft-capping to show. They must come out
         of the model unchanged (but for `final_logits_bias`), and its loss must be their mean cross-entropy.
 
-        Args:
-            model: the model as training calls it.
-            inputs: a batch, not repeated; its first two rows are used.
-            labels: its labels.
-            shift_labels: whether the head scores position t against label t + 1.
-
         Raises:
-            ValueError: with the reason why the loss cannot be computed in place of this head.
+            ValueError: the loss cannot be computed in place of this head; with the reason.
         """
         name, size = type(self.model).__name__, len(labels)
         if inputs.get("labels") is not labels or labels.is_floating_point():

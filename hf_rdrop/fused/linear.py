@@ -1,4 +1,4 @@
-"""R-Drop's loss straight from hidden states and the weight of a language-model head, without the full logits."""
+"""Compute R-Drop's loss from hidden states and the weight of a language-model head, without the full logits."""
 
 import math
 
@@ -11,7 +11,7 @@ from ..loss import RDropLossOutput, check_alpha, check_class_indices
 from .blocks import logits_to_gradient
 
 # A chunk of logits may take as much memory as the float32 gradient of the weight, which has to exist anyway: its
-# matrix products then have as many rows as the head is wide, enough to be bound by arithmetic. Within these bounds:
+# matrix products then have as many rows as the head is wide, enough to be bound by arithmetic.
 _MIN_CHUNK_BYTES, _MAX_CHUNK_BYTES = 2**24, 2**30
 
 
@@ -26,13 +26,13 @@ def linear_rdrop_loss(
     passes: int = 2,
     chunk_bytes: int | None = None,
 ) -> RDropLossOutput:
-    r"""R-Drop's objective for ``logits = hidden @ weight.T + bias``; the logits only ever exist chunk by chunk.
+    r"""Compute R-Drop's objective for ``logits = hidden @ weight.T + bias``, whose logits exist only chunk by chunk.
 
-    ``loss = mean_j CE_j + alpha / 2 * mean_{i<j} sKL(P_i, P_j)``, averaged over the items whose label is not -100:
-    value and gradients are those of `RDropLoss` on the full logits. A chunk's logits are turned into their own
-    gradient in place and multiplied into the gradients of `hidden`, `weight` and `bias` at once, so nothing of the
-    size ``N x V`` is kept, forward or backward. With ``u_i = log p_i - mean_j log p_j``, ``v_i = p_i - mean_j p_j``
-    and the one-hot (smoothed) target ``y``, the closed form for the logits ``z_i`` of one item is
+    ``loss = mean_j CE_j + alpha / 2 * mean_{i<j} sKL(P_i, P_j)``, averaged over the items whose label is not -100.
+    Value and gradients are those of `RDropLoss` on the full logits. A chunk's logits become their own gradient in
+    place and are multiplied into the gradients of `hidden`, `weight` and `bias` at once: nothing of the size ``N x V``
+    is kept. With ``u_i = log p_i - mean_j log p_j``, ``v_i = p_i - mean_j p_j`` and the one-hot (smoothed) target
+    ``y``, the closed form for the logits ``z_i`` of one item is
 
         d loss / d z_i = 1/m (p_i - y) + alpha / (2 (m - 1)) [p_i (u_i - p_i · u_i) + v_i]
 
@@ -43,16 +43,16 @@ def linear_rdrop_loss(
         weight: `[V, D]` of the head.
         labels: `[B, ...]` class indices in [0, V), -100 where ignored; shifted already for causal language models.
         bias: `[V]`, or nothing.
-        alpha: weight of the agreement, >= 0 and finite.
+        alpha: weight of the divergence, >= 0 and finite.
         label_smoothing: share of the target given to the uniform distribution, in [0, 1).
-        passes: m >= 1; 1 is the plain cross-entropy, without agreement.
+        passes: m >= 1; 1 is the plain cross-entropy.
         chunk_bytes: memory for one chunk of logits; by default as much as the float32 gradient of `weight`, but not
             under 16 MiB nor over 1 GiB.
 
     Returns:
         `RDropLossOutput(loss, ce, kl)`, scalars in float32 (float64 for float64), all 0 when every label is -100.
-        Only `loss` carries a graph. Under autocast the matrix products are done in its dtype; softmax and divergence
-        are always in float32, and so is the sum of the chunks in the gradient of `weight`.
+        Only `loss` carries a graph. Under autocast the matrix products are done in its dtype; softmax, divergence and
+        the sum of the chunks in the gradient of `weight` are in float32.
 
     Raises:
         ValueError: if an argument is out of its range or shapes do not fit.
@@ -99,26 +99,15 @@ def linear_rdrop_loss(
 
 
 def default_chunk_bytes(weight_elements: int) -> int:
-    """Memory for one chunk of logits of a head with so many weights."""
+    """Choose the memory for one chunk of logits of a head with so many weights."""
     return min(max(4 * weight_elements, _MIN_CHUNK_BYTES), _MAX_CHUNK_BYTES)
 
 
 class _LinearRDrop(torch.autograd.Function):
-    """Loss and all gradients in one sweep over chunks of `rows` items; backward only scales what was found."""
+    """Compute loss and all gradients in one sweep over chunks of `rows` items; backward only scales them."""
 
     @staticmethod
-    def forward(  # type: ignore[no-untyped-def]
-        ctx,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        labels: Tensor,
-        valid: Tensor | None,
-        alpha: float,
-        smoothing: float,
-        rows: int,
-        dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx, hidden, weight, bias, labels, valid, alpha, smoothing, rows, dtype):  # type: ignore
         passes, items, width = hidden.shape
         vocabulary, precise = len(weight), compute_dtype(hidden)
         w = weight.to(dtype)
@@ -137,22 +126,18 @@ class _LinearRDrop(torch.autograd.Function):
         rows = min(rows, max(items, 1))
         buffer = torch.empty(passes * rows * vocabulary, dtype=dtype, device=hidden.device)
         for start in range(0, items, rows):
-            h = hidden[:, start : start + rows].to(dtype).reshape(-1, width)
+            chunk = slice(start, start + rows)
+            h = hidden[:, chunk].to(dtype).reshape(-1, width)
             logits = buffer[: len(h) * vocabulary].view(-1, vocabulary)
             if b is None:
                 torch.mm(h, w.T, out=logits)
             else:
                 torch.addmm(b, h, w.T, out=logits)
-            sums += logits_to_gradient(
-                logits.view(passes, -1, vocabulary),
-                labels[start : start + rows],
-                None if valid is None else valid[start : start + rows],
-                alpha / 2,
-                smoothing,
-                scale,
-            )
+            counted = None if valid is None else valid[chunk]
+            z = logits.view(passes, -1, vocabulary)
+            sums += logits_to_gradient(z, labels[chunk], counted, alpha / 2, smoothing, scale)
             if grad_hidden is not None:
-                grad_hidden[:, start : start + rows] = torch.mm(logits, w).view(passes, -1, width)
+                grad_hidden[:, chunk] = torch.mm(logits, w).view(passes, -1, width)
             if grad_weight is not None and dtype == precise:
                 grad_weight.addmm_(logits.T, h)
             elif grad_weight is not None:
@@ -174,7 +159,5 @@ class _LinearRDrop(torch.autograd.Function):
     def backward(ctx, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
         *grads, per_item = ctx.saved_tensors
         factor = grad_loss * per_item  # float32, so that float16 gradients get their factor before they are rounded
-        scaled = (
-            None if grad is None else (grad * factor).to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)
-        )
-        return (*scaled, None, None, None, None, None, None)
+        pairs = zip(grads, ctx.dtypes, strict=True)
+        return *(None if grad is None else (grad * factor).to(dtype) for grad, dtype in pairs), *[None] * 6

@@ -1,4 +1,4 @@
-"""What of a training run may be published: files as copies without tokens, folders of this machine and its name."""
+"""Copy what may be published of a run, without access tokens, folders of this machine and its name."""
 
 import contextlib
 import copy
@@ -21,7 +21,7 @@ VOCABULARIES = ("tokenizer.json", "vocab.json", "added_tokens.json")  # any stri
 
 
 class Private:
-    """What must not be published, and how to say the same without it.
+    """Tokens, folders and a host name that must not be published, and how to write without them.
 
     Args:
         tokens: access tokens; None and "" are ignored.
@@ -37,13 +37,13 @@ class Private:
         self._host = re.compile(rf"(?<![^\W_]){re.escape(socket.gethostname())}(?![^\W_])")
 
     def clean_text(self, text: str) -> str:
-        """Prose: tokens and the known folders are replaced, all else is the writer's."""
+        """Replace tokens and the known folders in prose."""
         for pattern, name in self._replacements:
             text = pattern.sub(lambda _, name=name: name, text)  # type: ignore[misc]
         return text
 
     def clean(self, value: Any) -> Any:
-        """A setting, or nested settings: paths of this machine by their last name, its own name replaced."""
+        """Clean a setting, or nested settings: also of every path on this machine and of its name."""
         if isinstance(value, str):
             is_path = Path(value).is_absolute() or (Path(value).name != value and _exists(value))
             return self._host.sub("host", self.clean_text(Path(value).name if is_path else value))
@@ -54,20 +54,14 @@ class Private:
         return value
 
     def clean_args(self, args: TrainingArguments) -> TrainingArguments:
-        """A copy of the training arguments that says none of it; access tokens are None."""
+        """Copy the training arguments, cleaned and with None for access tokens."""
         cleaned = copy.copy(args)
         for name, value in vars(args).items():
             vars(cleaned)[name] = None if name.endswith("token") else self.clean(value)
         return cleaned
 
     def copy_folder(self, source: Path, target: Path, weights: bool = True) -> None:
-        """Copy what may be published of a folder.
-
-        Args:
-            source: folder of a run or of a checkpoint.
-            target: folder to write; is created.
-            weights: weights too, as hard links where the file system can: they are as large as the model.
-        """
+        """Copy what may be published of a run's or checkpoint's folder; `weights` as hard links if possible."""
         target.mkdir(parents=True, exist_ok=True)
         for path in sorted(source.iterdir()):
             if any(fnmatch(path.name, pattern) for pattern in LEFT_OUT) or self._host.search(path.name):
@@ -81,8 +75,7 @@ class Private:
                 self._copy_file(path, target / path.name)
 
     def _copy_file(self, source: Path, target: Path) -> None:
-        settings = source.suffix == ".json" and source.name not in VOCABULARIES
-        text = None
+        settings, text = source.suffix == ".json" and source.name not in VOCABULARIES, None
         if settings or source.suffix in PROSE:
             with contextlib.suppress(UnicodeDecodeError):  # it is something else, then
                 text = source.read_text("utf-8")

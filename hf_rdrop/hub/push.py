@@ -1,4 +1,4 @@
-"""Pushing to the Hub: the Trainer's own way, but what leaves this machine is a clean copy of the output folder."""
+"""Push to the Hub as Trainer does, but from a clean copy of the output folder."""
 
 import contextlib
 import copy
@@ -32,14 +32,13 @@ _locks: dict[Path, FileLock] = {}
 
 
 class CleanPushMixin(_AnyTrainer):
-    """Uploads of a `Trainer` without access tokens, folders of this machine, its user and its name.
+    """Let a `Trainer` upload without access tokens, folders of this machine, its user and its name.
 
-    The Trainer uploads `args.output_dir` as it is: pickled arguments with the access token in them, paths, TensorBoard
-    logs named after the host. Here `args.output_dir` is a clean copy of that folder while the Trainer uploads. Nothing
-    in the output folder itself is changed.
+    Trainer uploads `args.output_dir` as it is: pickled arguments with the access token in them, paths, TensorBoard
+    logs named after the host. Here `args.output_dir` is a clean copy of that folder during uploads.
 
     Raises:
-        OSError: the Hub refuses or cannot be reached; what to do about it, and that the local model is whole.
+        OSError: the Hub refuses or cannot be reached; with what to do about it.
     """
 
     _staging: Path | None = None  # of the push under way
@@ -63,7 +62,7 @@ class CleanPushMixin(_AnyTrainer):
                 api.create_branch(repository, branch=branch, exist_ok=True)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.push_to_hub`, with all its arguments and those of `create_model_card`."""
+        """Push as `Trainer.push_to_hub` does, with all its arguments and those of `create_model_card`."""
         original, self._token = self.args, kwargs.get("token", args[2] if len(args) > 2 else None)
         self._staging = self._make_staging() if self.is_world_process_zero() else None
         jobs: list[Future[Any]] = []
@@ -128,7 +127,7 @@ class CleanPushMixin(_AnyTrainer):
         return Private([self._token, self.args.hub_token, get_token()], folders)
 
     def _upload_args(self, folder: Path) -> TrainingArguments:
-        """The arguments with another output folder; pickled, they are a clean copy of themselves."""
+        """Copy the arguments with another output folder; they pickle as a clean copy of themselves."""
         cleaned, args = self._private().clean_args(self.args), copy.copy(self.args)
         args.output_dir = str(folder)
         # Protocol 0, because with later ones the pickler insists on the class of the object that it was given.

@@ -1,8 +1,9 @@
-"""What the metrics here share: an `evaluate.Metric` that stays in memory and checks its input, and correlations."""
+"""Share an `evaluate.Metric` that stays in memory, checks of its input, and correlations among the metrics."""
 
 import warnings
 from typing import Any
 
+import datasets
 import evaluate
 import numpy as np
 from scipy import stats
@@ -11,12 +12,9 @@ from scipy import stats
 class LocalMetric(evaluate.Metric):
     """`evaluate.Metric` that needs no network, keeps its examples in memory, and checks them as they are added.
 
-    `evaluate.Metric` writes the added examples to a cache file whose name is the same in every run, guarded by a lock
-    file. Runs that share a cache folder then wait for each other, and a cache folder that cannot be written stops the
-    evaluation. Memory has neither problem, so it is the default here. Gathering through files over `num_process > 1`
-    processes, as `evaluate` offers, still works: give `num_process`, `process_id` and an `experiment_id` of your own.
-
-    Subclasses define `_info`, `_compute` and `check_inputs`.
+    `evaluate.Metric` writes the examples to a locked cache file with the same name in every run, for which runs wait
+    for each other. Gathering through files over `num_process > 1` processes still works: give `num_process`,
+    `process_id` and an `experiment_id` of your own. Subclasses define `_info`, `_compute` and `check_inputs`.
 
     Args:
         config_name (`str`, *optional*): The configuration, where a metric has several.
@@ -26,11 +24,7 @@ class LocalMetric(evaluate.Metric):
     """
 
     def __init__(
-        self,
-        config_name: str | None = None,
-        keep_in_memory: bool | None = None,
-        num_process: int = 1,
-        **kwargs: Any,
+        self, config_name: str | None = None, keep_in_memory: bool | None = None, num_process: int = 1, **kwargs: Any
     ) -> None:
         keep_in_memory = num_process == 1 if keep_in_memory is None else keep_in_memory
         super().__init__(config_name=config_name, keep_in_memory=keep_in_memory, num_process=num_process, **kwargs)
@@ -53,10 +47,8 @@ class LocalMetric(evaluate.Metric):
             missing = "predictions" if predictions is None else "references"
             raise ValueError(f"{self.name}: {missing} missing; give both predictions and references.")
         if len(predictions) != len(references):
-            raise ValueError(
-                f"{self.name}: {len(predictions)} predictions for {len(references)} references; "
-                "each reference needs exactly one prediction."
-            )
+            sizes = f"{len(predictions)} predictions for {len(references)} references"
+            raise ValueError(f"{self.name}: {sizes}; each reference needs exactly one prediction.")
         if len(predictions) == 0:
             raise ValueError(f"{self.name}: predictions and references are empty; a score needs at least one example.")
         predictions, references = self.check_inputs(predictions, references)
@@ -82,6 +74,15 @@ class LocalMetric(evaluate.Metric):
         if predictions is None and references is None and self.writer is None:
             raise ValueError(f"{self.name}: nothing to score; give predictions and references, or add batches first.")
         return super().compute(predictions=predictions, references=references, **kwargs)
+
+
+def info(
+    description: str, inputs: str, predictions: Any, references: Any = None, **others: Any
+) -> evaluate.MetricInfo:
+    """Describe a metric to `evaluate`; references are of the type of predictions by default."""
+    types = {"predictions": predictions, "references": predictions if references is None else references}
+    others = {"citation": "", "features": datasets.Features(types)} | others
+    return evaluate.MetricInfo(description=description, inputs_description=inputs, **others)
 
 
 def check_config(metric: str, config_name: str, known: Any) -> str:
@@ -142,10 +143,9 @@ def check_texts(metric: str, predictions: Any, references: Any) -> tuple[list[st
 
 
 def correlations(predictions: list[float], references: list[float]) -> dict[str, float]:
-    """Pearson's and Spearman's correlation; 0 where they are undefined (a constant side, or a single example).
+    """Compute Pearson's and Spearman's correlation; 0 where undefined (a constant side, or a single example).
 
-    A model that predicts one value for everything knows nothing of the references, which is what 0 says; it also
-    keeps `metric_for_best_model` working, where NaN would compare false with everything.
+    NaN would compare false with everything and break `metric_for_best_model`.
     """
     if len(set(predictions)) < 2 or len(set(references)) < 2:
         return {"pearson": 0.0, "spearmanr": 0.0}

@@ -1,4 +1,4 @@
-"""How far a classifier's probabilities can be believed."""
+"""Measure how far a classifier's probabilities can be believed."""
 
 from typing import Any
 
@@ -25,26 +25,17 @@ class Calibration(base.LocalMetric):
         kwargs: See [`LocalMetric`].
 
     Example:
-
-    ```python
-    >>> from hf_rdrop.metrics import Calibration
-    >>> scores = Calibration().compute(predictions=[[0.8, 0.2], [0.6, 0.4]], references=[0, 1])
-    >>> round(scores["ece"], 3), round(scores["brier"], 3)  # (0.2 + 0.6) / 2, (0.08 + 0.72) / 2
-    (0.4, 0.4)
-
-    ```
+        >>> scores = Calibration().compute(predictions=[[0.8, 0.2], [0.6, 0.4]], references=[0, 1])
+        >>> round(scores["ece"], 3), round(scores["brier"], 3)  # (0.2 + 0.6) / 2, (0.08 + 0.72) / 2
+        (0.4, 0.4)
     """  # noqa: E501
 
     bins = 15
 
     def _info(self) -> evaluate.MetricInfo:
-        features: dict[str, Any] = {"predictions": datasets.Sequence(datasets.Value("float64"))}
-        return evaluate.MetricInfo(
-            description="Calibration of class probabilities.",
-            citation="",
-            inputs_description="predictions: probabilities [N, C]; references: class indices [N].",
-            features=datasets.Features({**features, "references": datasets.Value("int64")}),
-        )
+        probabilities: Any = datasets.Sequence(datasets.Value("float64"))
+        inputs = "predictions: probabilities [N, C]; references: class indices [N]."
+        return base.info("Calibration of class probabilities.", inputs, probabilities, datasets.Value("int64"))
 
     def check_inputs(self, predictions: Any, references: Any) -> tuple[list, list]:
         probabilities = np.asarray(predictions, dtype=np.float64)

@@ -1,5 +1,6 @@
-"""The metrics of the nine GLUE tasks."""
+"""Compute the metrics of the nine GLUE tasks."""
 
+from functools import partial
 from typing import Any
 
 import datasets
@@ -10,12 +11,9 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from hf_rdrop.metrics import base
 
 _CITATION = """\
-@inproceedings{wang2019glue,
+@inproceedings{wang2019glue, booktitle={International Conference on Learning Representations}, year={2019},
   title={{GLUE}: A Multi-Task Benchmark and Analysis Platform for Natural Language Understanding},
-  author={Wang, Alex and Singh, Amanpreet and Michael, Julian and Hill, Felix and Levy, Omer and Bowman, Samuel R.},
-  booktitle={International Conference on Learning Representations},
-  year={2019}
-}"""
+  author={Wang, Alex and Singh, Amanpreet and Michael, Julian and Hill, Felix and Levy, Omer and Bowman, Samuel R.}}"""
 
 _ACCURACY = ("sst2", "mnli", "mnli_matched", "mnli_mismatched", "ax", "hans", "qnli", "rte", "wnli")
 _ACCURACY_AND_F1 = ("mrpc", "qqp")
@@ -45,36 +43,20 @@ class Glue(base.LocalMetric):
     Source: Wang et al. 2019, table 1.
 
     Example:
-
-    ```python
-    >>> from hf_rdrop.metrics import Glue
-    >>> Glue("mrpc").compute(predictions=[1, 0, 1, 1], references=[1, 0, 0, 1])
-    {'accuracy': 0.75, 'f1': 0.8}
-
-    ```
+        >>> Glue("mrpc").compute(predictions=[1, 0, 1, 1], references=[1, 0, 0, 1])
+        {'accuracy': 0.75, 'f1': 0.8}
     """
 
     def _info(self) -> evaluate.MetricInfo:
         base.check_config("glue", self.config_name, GLUE_CONFIGS)
         value = datasets.Value("float64" if self.config_name == "stsb" else "int64")
-        return evaluate.MetricInfo(
-            description="Metrics of the GLUE tasks.",
-            citation=_CITATION,
-            inputs_description="predictions and references `[N]`: class indices, for stsb real numbers.",
-            features=datasets.Features({"predictions": value, "references": value}),
-            format="numpy",
-        )
+        inputs = "predictions and references `[N]`: class indices, for stsb real numbers."
+        return base.info("Metrics of the GLUE tasks.", inputs, value, citation=_CITATION, format="numpy")
 
     def check_inputs(self, predictions: Any, references: Any) -> tuple[list, list]:
-        metric = f"glue/{self.config_name}"
-        if self.config_name == "stsb":
-            return base.check_values(metric, "predictions", predictions), base.check_values(
-                metric, "references", references
-            )
-        binary = self.config_name in _ACCURACY_AND_F1
-        return base.check_labels(metric, "predictions", predictions, binary=binary), base.check_labels(
-            metric, "references", references, binary=binary
-        )
+        check: Any = partial(base.check_labels, binary=self.config_name in _ACCURACY_AND_F1)
+        check = partial(base.check_values if self.config_name == "stsb" else check, f"glue/{self.config_name}")
+        return check("predictions", predictions), check("references", references)
 
     def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
         if self.config_name == "stsb":

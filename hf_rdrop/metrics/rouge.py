@@ -1,4 +1,4 @@
-"""ROUGE of summaries by Google's rouge_score."""
+"""Compute ROUGE of summaries by Google's rouge_score."""
 
 from typing import Any
 
@@ -9,12 +9,8 @@ import numpy as np
 from hf_rdrop.metrics import base
 
 _CITATION = """\
-@inproceedings{lin2004rouge,
-  title={{ROUGE}: A Package for Automatic Evaluation of Summaries},
-  author={Lin, Chin-Yew},
-  booktitle={Text Summarization Branches Out},
-  year={2004}
-}"""
+@inproceedings{lin2004rouge, title={{ROUGE}: A Package for Automatic Evaluation of Summaries}, author={Lin, Chin-Yew},
+  booktitle={Text Summarization Branches Out}, year={2004}}"""
 _TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
 
@@ -22,21 +18,16 @@ class Rouge(base.LocalMetric):
     """ROUGE F1 with the result keys of Hugging Face's own `rouge` metric: shared words of summary and reference.
 
     With precision P (share of the prediction's units that the reference has) and recall R (the reverse),
-    ``F1 = 2 P R / (P + R)``, averaged over the rows. `predictions` are strings; `references` a string, or a list of
-    strings, for each prediction; of several references the best one counts, for each score by itself.
+    ``F1 = 2 P R / (P + R)``, averaged over the rows without a bootstrap. `predictions` are strings; `references` a
+    string, or a list of strings, for each prediction. Each score takes the best of several references.
 
     Keys, each from 0 to 1: `rouge1` and `rouge2` (units are words, pairs of words), `rougeL` (longest common
     subsequence of the whole texts), `rougeLsum` (of sentences, which are lines: for each one of the reference the
-    union of its common subsequences with those of the prediction). `rougeLsum` is what papers call ROUGE-L of
-    summaries of several sentences.
-
-    Words are made of the letters a to z and digits, in lower case. A text in another script has none, and scores 0.
+    union of its common subsequences with those of the prediction). Papers call `rougeLsum` ROUGE-L for summaries of
+    several sentences. Words are made of the letters a to z and digits, in lower case: other scripts score 0.
 
     Options of `compute`:
-        use_stemmer (`bool`, defaults to `False`): Compare English words by their stems (Porter), as the Transformers
-            scripts do.
-
-    The mean over the rows is plain. (Hugging Face's metric draws it by bootstrap, from NumPy's global generator.)
+        use_stemmer (`bool`, defaults to `False`): Compare English words by their stems (Porter).
 
     Raises:
         ValueError: Text is not a string, or a row has no reference.
@@ -44,25 +35,16 @@ class Rouge(base.LocalMetric):
     Source: Lin 2004.
 
     Example:
-
-    ```python
-    >>> from hf_rdrop.metrics import Rouge
-    >>> scores = Rouge().compute(predictions=["the cat sat"], references=["the cat lay down"])
-    >>> round(scores["rouge1"], 3), round(scores["rouge2"], 3)
-    (0.571, 0.4)
-
-    ```
+        >>> scores = Rouge().compute(predictions=["the cat sat"], references=["the cat lay down"])
+        >>> round(scores["rouge1"], 3), round(scores["rouge2"], 3)
+        (0.571, 0.4)
     """
 
     def _info(self) -> evaluate.MetricInfo:
-        text = datasets.Value("string")
-        return evaluate.MetricInfo(
-            description="ROUGE-1, ROUGE-2 and ROUGE-L by rouge_score.",
-            citation=_CITATION,
-            inputs_description="predictions: strings; references: strings or lists of strings.",
-            features=datasets.Features({"predictions": text, "references": datasets.Sequence(text)}),
-            reference_urls=["https://github.com/google-research/google-research/tree/master/rouge"],
-        )
+        text, about = datasets.Value("string"), "ROUGE-1, ROUGE-2 and ROUGE-L by rouge_score."
+        inputs = "predictions: strings; references: strings or lists of strings."
+        urls = ["https://github.com/google-research/google-research/tree/master/rouge"]
+        return base.info(about, inputs, text, datasets.Sequence(text), citation=_CITATION, reference_urls=urls)
 
     def check_inputs(self, predictions: Any, references: Any) -> tuple[list, list]:
         return base.check_texts(self.name, predictions, references)

@@ -1,4 +1,4 @@
-"""Corpus BLEU and chrF by sacreBLEU."""
+"""Compute corpus BLEU and chrF by sacreBLEU."""
 
 from typing import Any
 
@@ -9,12 +9,8 @@ from sacrebleu.metrics import BLEU, CHRF
 from hf_rdrop.metrics import base
 
 _CITATION = """\
-@inproceedings{post2018call,
-  title={A Call for Clarity in Reporting {BLEU} Scores},
-  author={Post, Matt},
-  booktitle={Proceedings of the Third Conference on Machine Translation},
-  year={2018}
-}"""
+@inproceedings{post2018call, title={A Call for Clarity in Reporting {BLEU} Scores}, author={Post, Matt},
+  booktitle={Proceedings of the Third Conference on Machine Translation}, year={2018}}"""
 
 
 class SacreBleu(base.LocalMetric):
@@ -42,25 +38,16 @@ class SacreBleu(base.LocalMetric):
     Source: Post 2018; Popović 2015 (chrF).
 
     Example:
-
-    ```python
-    >>> from hf_rdrop.metrics import SacreBleu
-    >>> scores = SacreBleu().compute(predictions=["the cat sat down"], references=["the cat sat down"])
-    >>> round(scores["score"]), round(scores["chrf"])
-    (100, 100)
-
-    ```
+        >>> scores = SacreBleu().compute(predictions=["the cat sat down"], references=["the cat sat down"])
+        >>> round(scores["score"]), round(scores["chrf"])
+        (100, 100)
     """
 
     def _info(self) -> evaluate.MetricInfo:
-        text = datasets.Value("string")
-        return evaluate.MetricInfo(
-            description="Corpus BLEU and chrF by sacreBLEU.",
-            citation=_CITATION,
-            inputs_description="predictions: strings; references: strings or lists of strings.",
-            features=datasets.Features({"predictions": text, "references": datasets.Sequence(text)}),
-            reference_urls=["https://github.com/mjpost/sacrebleu"],
-        )
+        text, about = datasets.Value("string"), "Corpus BLEU and chrF by sacreBLEU."
+        inputs = "predictions: strings; references: strings or lists of strings."
+        urls = ["https://github.com/mjpost/sacrebleu"]
+        return base.info(about, inputs, text, datasets.Sequence(text), citation=_CITATION, reference_urls=urls)
 
     def check_inputs(self, predictions: Any, references: Any) -> tuple[list, list]:
         return base.check_texts("sacrebleu", predictions, references)
@@ -77,32 +64,20 @@ class SacreBleu(base.LocalMetric):
         force: bool = False,
     ) -> dict[str, Any]:
         try:
-            bleu = BLEU(
-                lowercase=lowercase,
-                force=force,
-                tokenize=tokenize,
-                smooth_method=smooth_method,
-                smooth_value=smooth_value,
-                effective_order=use_effective_order,
-            )
+            smoothing: Any = {"smooth_method": smooth_method, "smooth_value": smooth_value}
+            bleu = BLEU(lowercase, force, tokenize, **smoothing, effective_order=use_effective_order)
         except (AssertionError, KeyError, ImportError) as error:
             raise ValueError(f"sacrebleu does not accept these options: {error}") from error
         chrf = CHRF(lowercase=lowercase)
         # sacreBLEU wants one list per reference position, as long as the predictions; None: this row has no more.
         most = max(len(row) for row in references)
-        streams: Any = [
-            [row[position] if position < len(row) else None for row in references] for position in range(most)
-        ]
+        streams: Any = [[row[i] if i < len(row) else None for row in references] for i in range(most)]
         result = bleu.corpus_score(list(predictions), streams)
         return {
             "score": float(result.score),
             "chrf": float(chrf.corpus_score(list(predictions), streams).score),
-            "counts": list(result.counts),
-            "totals": list(result.totals),
-            "precisions": list(result.precisions),
-            "bp": float(result.bp),
-            "sys_len": int(result.sys_len),
-            "ref_len": int(result.ref_len),
+            **{name: list(getattr(result, name)) for name in ("counts", "totals", "precisions")},
+            **{"bp": float(result.bp), "sys_len": int(result.sys_len), "ref_len": int(result.ref_len)},
             "signature": str(bleu.get_signature()),
             "chrf_signature": str(chrf.get_signature()),
         }

@@ -1,4 +1,4 @@
-"""Entity-level precision, recall and F1 for token classification."""
+"""Compute entity-level precision, recall and F1 for token classification."""
 
 import warnings
 from typing import Any
@@ -11,12 +11,8 @@ from seqeval.metrics import accuracy_score, classification_report
 from hf_rdrop.metrics import base
 
 _CITATION = """\
-@misc{nakayama2018seqeval,
-  title={{seqeval}: A Python framework for sequence labeling evaluation},
-  author={Hiroki Nakayama},
-  url={https://github.com/chakki-works/seqeval},
-  year={2018}
-}"""
+@misc{nakayama2018seqeval, title={{seqeval}: A Python framework for sequence labeling evaluation},
+  author={Hiroki Nakayama}, url={https://github.com/chakki-works/seqeval}, year={2018}}"""
 
 _SCHEMES = ("IOB1", "IOB2", "IOE1", "IOE2", "IOBES", "BILOU")
 
@@ -46,25 +42,16 @@ class Seqeval(base.LocalMetric):
     Source: Ramshaw and Marcus 1995; Nakayama 2018 (seqeval).
 
     Example:
-
-    ```python
-    >>> from hf_rdrop.metrics import Seqeval
-    >>> tags = [["B-person", "I-person", "O"]]
-    >>> Seqeval().compute(predictions=tags, references=tags)["overall_f1"]
-    1.0
-
-    ```
+        >>> tags = [["B-person", "I-person", "O"]]
+        >>> Seqeval().compute(predictions=tags, references=tags)["overall_f1"]
+        1.0
     """
 
     def _info(self) -> evaluate.MetricInfo:
-        tags = datasets.Sequence(datasets.Value("string"))
-        return evaluate.MetricInfo(
-            description="Entity-level scores of tag sequences.",
-            citation=_CITATION,
-            inputs_description="predictions and references: lists of tag lists.",
-            features=datasets.Features({"predictions": tags, "references": tags}),
-            reference_urls=["https://github.com/chakki-works/seqeval"],
-        )
+        tags, inputs = datasets.Sequence(datasets.Value("string")), "predictions and references: lists of tag lists."
+        urls = ["https://github.com/chakki-works/seqeval"]
+        about = "Entity-level scores of tag sequences."
+        return base.info(about, inputs, tags, citation=_CITATION, reference_urls=urls)
 
     def check_inputs(self, predictions: Any, references: Any) -> tuple[list, list]:
         for index, (predicted, reference) in enumerate(zip(predictions, references, strict=True)):
@@ -102,28 +89,14 @@ class Seqeval(base.LocalMetric):
             raise ValueError("seqeval: all sequences are empty; a score needs at least one tag.")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # its macro average over no entities, which is not used
-            report = classification_report(
-                y_true=y_true,
-                y_pred=y_pred,
-                suffix=suffix,
-                output_dict=True,
-                mode=mode,
-                zero_division=zero_division,
-                scheme=getattr(schemes, scheme) if scheme else None,
-            )
-        overall = report["micro avg"]
+            options: Any = {"mode": mode, "scheme": getattr(schemes, scheme) if scheme else None}
+            options |= {"suffix": suffix, "zero_division": zero_division}
+            report = classification_report(y_true, y_pred, output_dict=True, **options)
+        keys = {"precision": "precision", "recall": "recall", "f1": "f1-score"}
         scores: dict[str, Any] = {
-            name: {
-                "precision": float(row["precision"]),
-                "recall": float(row["recall"]),
-                "f1": float(row["f1-score"]),
-                "number": int(row["support"]),
-            }
+            name: {**{key: float(row[its]) for key, its in keys.items()}, "number": int(row["support"])}
             for name, row in report.items()
             if name not in ("micro avg", "macro avg", "weighted avg")
         }
-        scores["overall_precision"] = float(overall["precision"])
-        scores["overall_recall"] = float(overall["recall"])
-        scores["overall_f1"] = float(overall["f1-score"])
-        scores["overall_accuracy"] = float(accuracy_score(y_true, y_pred))
-        return scores
+        scores |= {f"overall_{key}": float(report["micro avg"][its]) for key, its in keys.items()}
+        return scores | {"overall_accuracy": float(accuracy_score(y_true, y_pred))}

@@ -1,5 +1,6 @@
-"""Metrics for any data set that `AutoModelForSequenceClassification` can be trained on."""
+"""Compute metrics for any data set that `AutoModelForSequenceClassification` can be trained on."""
 
+from functools import partial
 from typing import Any
 
 import datasets
@@ -32,13 +33,8 @@ class SequenceClassification(base.LocalMetric):
         ValueError: `config_name` is not a problem type.
 
     Example:
-
-    ```python
-    >>> from hf_rdrop.metrics import SequenceClassification
-    >>> SequenceClassification("regression").compute(predictions=[1.0, 2.0], references=[1.0, 4.0])["mse"]
-    2.0
-
-    ```
+        >>> SequenceClassification("regression").compute(predictions=[1.0, 2.0], references=[1.0, 4.0])["mse"]
+        2.0
     """
 
     def __init__(self, config_name: str | None = None, **kwargs: Any) -> None:
@@ -49,28 +45,17 @@ class SequenceClassification(base.LocalMetric):
         feature: Any = datasets.Value("float64" if self.config_name == "regression" else "int64")
         if self.config_name == "multi_label_classification":
             feature = datasets.Sequence(feature)
-        return evaluate.MetricInfo(
-            description="Metrics for text classification and regression.",
-            citation="",
-            inputs_description="predictions and references: see the class.",
-            features=datasets.Features({"predictions": feature, "references": feature}),
-        )
+        inputs = "predictions and references: see the class."
+        return base.info("Metrics for text classification and regression.", inputs, feature)
 
     def check_inputs(self, predictions: Any, references: Any) -> tuple[list, list]:
-        metric, given = f"sequence_classification/{self.config_name}", (predictions, references)
-        names = ("predictions", "references")
-        checked: list[list[Any]]
-        if self.config_name == "regression":
-            checked = [base.check_values(metric, *item) for item in zip(names, given, strict=True)]
-        elif self.config_name == "single_label_classification":
-            checked = [base.check_labels(metric, *item) for item in zip(names, given, strict=True)]
-        else:
-            checked = [base.check_labels(metric, *item, 2, binary=True) for item in zip(names, given, strict=True)]
-            if len(checked[0][0]) != len(checked[1][0]):
-                raise ValueError(
-                    f"{metric}: predictions have {len(checked[0][0])} labels a row, references {len(checked[1][0])}."
-                )
-        return checked[0], checked[1]
+        metric, multi = f"sequence_classification/{self.config_name}", self.config_name == "multi_label_classification"
+        labels = partial(base.check_labels, ndim=2, binary=True) if multi else base.check_labels
+        check: Any = partial(base.check_values if self.config_name == "regression" else labels, metric)
+        p, y = check("predictions", predictions), check("references", references)
+        if multi and len(p[0]) != len(y[0]):
+            raise ValueError(f"{metric}: predictions have {len(p[0])} labels a row, references {len(y[0])}.")
+        return p, y
 
     def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
         y_pred, y_true = np.asarray(list(predictions)), np.asarray(list(references))

@@ -1,4 +1,4 @@
-"""What a head's outputs mean: where its logits are, which items count, and how its passes are compared."""
+"""Find a head's labels and logits, the items that count, and how its passes are compared."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -19,28 +19,25 @@ SUPPORTED_HEADS = (
     "multiple choice, question answering, language modelling (sequence-to-sequence, causal, masked); for any other, "
     "logits_for_agreement=... says what to compare"
 )
-# The labels of question answering: a head with two distributions over the positions of a row.
+# The labels of question answering, whose head has two distributions over the positions of a row.
 ANSWER = ("start_positions", "end_positions")
 
 
 class Head(NamedTuple):
-    """How the passes of one head are compared: a key of `functional.AGREEMENTS`, and the mask of what counts."""
+    """How the passes of one head are compared: a key of `functional.AGREEMENTS`, and a mask of the items."""
 
     problem_type: str
     mask: Tensor | None
 
     def divergence(self, logits: Tensor, passes: int, name: str = "symmetric_kl") -> Tensor:
-        """Compute the mean divergence of the passes from the logits `[m * B, ...]` of a repeated batch.
-
-        `name` is one of `OUTPUT_AGREEMENTS`.
-        """
+        """Compute a divergence of `OUTPUT_AGREEMENTS` from the logits `[m * B, ...]` of a repeated batch."""
         return OUTPUT_AGREEMENTS[name](stack_passes(logits, passes), self.mask, self.problem_type)
 
 
 def find_labels(inputs: Mapping[str, Any], names: Iterable[str] = ()) -> Tensor | None:
-    """The labels of a batch: `labels`, or those of question answering as `[B, 2]`, or the first of `names`.
+    """Find the labels of a batch: `labels`, or those of question answering as `[B, 2]`, or the first of `names`.
 
-    An answer with a position outside its row, or with one of -100, is -100 twice here.
+    An answer with a position outside its row, or with one of -100, becomes -100 twice.
     """
     for name in ("labels", "label"):
         if isinstance(inputs.get(name), Tensor):
@@ -57,12 +54,10 @@ def _answers(inputs: Mapping[str, Any]) -> Tensor:
 
 
 def without_answers(inputs: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """The batch with both positions of the answers that do not count moved behind the row, where Transformers' heads
-    for question answering ignore them.
+    """Move the answers that do not count behind the row, where Transformers' question-answering heads ignore them.
 
-    Transformers' question-answering heads do not ignore -100: they clamp it to position 0. And of an answer that is
-    cut in two they count one half: their loss, the mean of that of starts and that of ends, would then not be a mean
-    over items (and nan for a batch without any end).
+    These heads do not ignore -100: they clamp it to position 0. Of an answer that is cut in two they would count one
+    half: the loss would then be no mean over items, and nan for a batch without any end.
     """
     if not all(isinstance(inputs.get(name), Tensor) for name in ANSWER):
         return inputs
@@ -73,27 +68,26 @@ def without_answers(inputs: dict[str, Any], model: nn.Module) -> dict[str, Any]:
 
 
 def _length(inputs: Mapping[str, Any]) -> int:
-    """Number of positions of the rows."""
     names = ("input_ids", "inputs_embeds", "attention_mask")
     return next((inputs[n].shape[1] for n in names if isinstance(inputs.get(n), Tensor)), torch.iinfo(torch.long).max)
 
 
 def predicts_next_token(model: nn.Module) -> bool:
-    """Whether the head scores position t against label t + 1 (causal language models)."""
+    """Tell whether the head scores position t against label t + 1 (causal language models)."""
     is_pair = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     return not _class_names(model).isdisjoint(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()) and not is_pair
 
 
 def _class_names(model: nn.Module) -> set[str]:
-    """Those of the bases, too: FSDP makes a class of its own of the model's."""
+    """Collect the names of the class and its bases: FSDP derives a class of its own from the model's."""
     return {base.__name__ for base in type(model).__mro__}
 
 
 def valid_items(labels: Tensor, shift_labels: bool = False) -> Tensor:
-    """Mask of the labels that the head's own loss averages over.
+    """Mask the labels that the head's own loss averages over.
 
-    Integer labels count where they are not -100, without the first position when the head predicts the next token;
-    real-valued labels (regression, multi-label) all count, whatever their value.
+    Integer labels count where they are not -100, without the first position when the head predicts the next token.
+    Real-valued labels (regression, multi-label) all count.
     """
     if labels.is_floating_point():
         return torch.ones_like(labels, dtype=torch.bool)
@@ -103,21 +97,11 @@ def valid_items(labels: Tensor, shift_labels: bool = False) -> Tensor:
 def items_to_compare(
     labels: Tensor, inputs: Mapping[str, Any], config: Any = None, shift_labels: bool = False
 ) -> Tensor:
-    """Mask of the items whose predictions are to agree where rows without a label count too.
+    """Mask the items to compare when rows without a label count too, in the shape of the labels `[B]`, `[B, T]`, ...
 
-    Of a row with labels, the items that the loss counts. Of a row whose labels are all -100, the row itself; for tags
-    and tokens every position that is no padding (by `attention_mask`); in an encoder-decoder those of its decoder, by
-    `decoder_attention_mask` or the padding in `decoder_input_ids`, and the first one in any case: without a target
-    text there is no other.
-
-    Args:
-        labels: `[B]`, `[B, T]` or `[B, K]`.
-        inputs: the batch, not repeated.
-        config: the model's configuration, or None.
-        shift_labels: whether the head predicts the next token.
-
-    Returns:
-        Boolean mask of the labels' shape.
+    A row with labels has the items that the loss counts. A row whose labels are all -100 has itself; with tags and
+    tokens, every position that is no padding (by `attention_mask`); in an encoder-decoder, the decoder's positions (by
+    `decoder_attention_mask` or the padding in `decoder_input_ids`), and always the first.
     """
     if labels.dim() < 2 or labels.is_floating_point():
         return torch.ones_like(labels, dtype=torch.bool)
@@ -137,28 +121,25 @@ def items_to_compare(
 
 
 def _bare(labels: Tensor) -> Tensor:
-    """`[B, 1, ...]`: the rows of `[B, T, ...]` that have no label at all."""
+    """Mask as `[B, 1, ...]` the rows of `[B, T, ...]` that have no label at all."""
     return (labels == -100).flatten(1).all(1).view(-1, *[1] * (labels.dim() - 1))
 
 
 def shifted_labels(labels: Tensor) -> Tensor:
-    """The labels of a head that predicts the next token, as long as its logits: position t gets label t + 1."""
+    """Shift the labels for a head that predicts the next token: position t gets label t + 1, the last one -100."""
     return F.pad(labels[..., 1:], (0, 1), value=-100)
 
 
 def find_logits(outputs: Any, rows: int, inputs: Mapping[str, Any] | None = None) -> Tensor:
-    """The logits among a model's outputs (ModelOutput, dict or tuple), which must have one row per row of the batch.
+    """Find the logits `[rows, ...]` (question answering: `[rows, 2, T]`) among a model's outputs.
 
     Args:
-        outputs: what the model returned; of question answering `start_logits` and `end_logits`, `[rows, T]` each.
+        outputs: ModelOutput, dict or tuple; with `start_logits` and `end_logits` `[rows, T]` for question answering.
         rows: number of rows of the batch as the model got it.
         inputs: the batch, which shows a tuple to be one of question answering: (loss, start, end, ...).
 
-    Returns:
-        `[rows, ...]`; of question answering `[rows, 2, T]`.
-
     Raises:
-        ValueError: when there are none.
+        ValueError: there are no logits with one row per row of the batch.
     """
     if isinstance(outputs, Mapping):
         logits = outputs.get("logits", outputs.get("scores"))  # the latter in sentence-transformers' CrossEncoder
@@ -185,15 +166,10 @@ def find_logits(outputs: Any, rows: int, inputs: Mapping[str, Any] | None = None
 def resolve_head(config: Any, logits: Tensor, labels: Tensor, passes: int, shift_labels: bool = False) -> Head:
     """Decide how the passes are compared, by Transformers' own rules for `problem_type` (read, never set).
 
-    Args:
-        config: the model's configuration, or None.
-        logits: `[m * B, ...]`.
-        labels: `[B, ...]`.
-        passes: m.
-        shift_labels: whether the head predicts the next token.
+    The logits are `[m * B, ...]` of m passes, the labels `[B, ...]`; `config` may be None.
 
     Raises:
-        ValueError: when logits and labels do not fit a supported head.
+        ValueError: logits and labels do not fit a supported head.
     """
     shape = (len(logits) // passes, *logits.shape[1:])
     problem_type = getattr(config, "problem_type", None)

@@ -1,4 +1,4 @@
-"""What `SubModels` puts on a model: modules without parameters, which act in training mode only."""
+"""Modules that `SubModels` puts on a model: without parameters, active in training mode only."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,11 +8,7 @@ from torch import Tensor, nn
 
 
 class StochasticDepth(nn.Module):
-    """Leaves a whole layer out, for each row of the batch with probability p: ``y_i = x_i``, else ``layer(x)_i``.
-
-    Args:
-        p: probability that a row skips the layer, in [0, 1).
-    """
+    """Skip a layer for each row of the batch with probability p in [0, 1): ``y_i = x_i``, else ``layer(x)_i``."""
 
     def __init__(self, p: float) -> None:
         super().__init__()
@@ -28,7 +24,7 @@ class StochasticDepth(nn.Module):
         return torch.where(skip.view(-1, *[1] * (hidden.dim() - 1)), hidden, output)
 
     def after_layer(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """The forward hook of the layer."""
+        """Act as the forward hook of the layer."""
         if not self.training:
             return None
         inputs = (kwargs.get("hidden_states"), *args, *kwargs.values())
@@ -40,12 +36,12 @@ class StochasticDepth(nn.Module):
 
 
 def map_first(function: Callable[[Tensor], Tensor], output: Any) -> Any:
-    """The output of a layer or block with a function applied to its hidden states: the tensor, or a tuple's first."""
+    """Apply a function to the hidden states in a layer's or block's output: the tensor, or a tuple's first."""
     if isinstance(output, Tensor):
         return function(output)
     return type(output)((function(output[0]), *output[1:]))
 
 
 def drop_output(block: Any, args: Any, output: Any) -> Any:
-    """Forward hook of a block whose child `rdrop_dropout` drops from its output."""
+    """Act as the forward hook of a block whose child `rdrop_dropout` drops from its output."""
     return map_first(block.rdrop_dropout, output)

@@ -1,7 +1,8 @@
-"""Where in a model `SubModels` can put a source of sub-models."""
+"""Find the layers, blocks and embeddings of a model that can make sub-models."""
 
 import inspect
 import re
+from contextlib import suppress
 from typing import Any
 
 from torch import nn
@@ -14,14 +15,10 @@ _NO_BLOCK = re.compile(r"norm|rotary|router|dropout", re.IGNORECASE)
 
 
 def hidden_layers(model: nn.Module, source: str) -> list[nn.Module]:
-    """The transformer layers of a model, encoder and decoder.
-
-    Args:
-        model: the model.
-        source: what they are wanted for, for the error.
+    """List the transformer layers of a model, encoder and decoder; `source` names their purpose in the error.
 
     Raises:
-        ValueError: when there are none.
+        ValueError: there are none.
     """
     # (Activation checkpointing of FSDP wraps the layers.)
     layers = [
@@ -39,10 +36,10 @@ def hidden_layers(model: nn.Module, source: str) -> list[nn.Module]:
 
 
 def residual_blocks(model: nn.Module) -> list[nn.Module]:
-    """The attention and feed-forward blocks whose output a layer adds to its residual stream.
+    """List the attention and feed-forward blocks whose output a layer adds to its residual stream.
 
     Raises:
-        ValueError: when there are none.
+        ValueError: there are none.
     """
     blocks = [block for layer in hidden_layers(model, "insert_dropout") for block in _blocks(layer)]
     if not blocks:
@@ -63,27 +60,20 @@ def _blocks(layer: nn.Module) -> list[nn.Module]:
     return [block for block in found if "residual" not in inspect.signature(block.forward).parameters]
 
 
-def input_embeddings(model: Any) -> list[nn.Module]:
-    """The input embeddings of a model, in an encoder-decoder those of both sides; empty when it does not tell."""
-    base = getattr(model, "base_model", model)
-    parts: list[Any] = [model, getattr(base, "encoder", None), getattr(base, "decoder", None)]
-    found = []
-    for part in parts:
-        if hasattr(part, "get_input_embeddings"):
-            try:
-                found.append(part.get_input_embeddings())
-            except NotImplementedError:
-                continue
-    return [module for module in dict.fromkeys(found) if isinstance(module, nn.Module)]
-
-
 def embeds_with_noise(model: Any) -> bool:
-    """Whether Trainer's NEFTune acts on a model.
+    """Tell whether Trainer's NEFTune acts on a model: it hooks the module that `get_input_embeddings` names.
 
-    It hooks the module that `get_input_embeddings` names. BART, T5 and their like name one there that they never call:
-    their encoder and decoder have embeddings of their own, with the same weights.
+    BART, T5 and their like name one there that they never call: their encoder and decoder have embeddings of their
+    own, with the same weights.
     """
-    base = getattr(model, "base_model", model)
-    parts = (getattr(base, "encoder", None), getattr(base, "decoder", None))
-    inner = [module for part in parts for module in input_embeddings(part)]
+    found = []
+    for part in [part for side in _sides(model) for part in (side, *_sides(side))]:
+        with suppress(NotImplementedError):
+            found += [part.get_input_embeddings()] if hasattr(part, "get_input_embeddings") else []
+    inner = [module for module in found if isinstance(module, nn.Module)]
     return not inner or model.get_input_embeddings() in inner
+
+
+def _sides(model: Any) -> list[Any]:
+    base = getattr(model, "base_model", model)
+    return [getattr(base, "encoder", None), getattr(base, "decoder", None)]

@@ -1,4 +1,4 @@
-"""Sources of sub-models beside a model's own dropout: dropped layers and inserted dropout."""
+"""Make sub-models beside a model's own dropout: dropped layers and inserted dropout."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,22 +12,19 @@ from .places import hidden_layers, residual_blocks
 
 
 class SubModels:
-    """Sources of sub-models that a model does not have by itself.
+    """Put sources of sub-models on a model that it does not have by itself.
 
-    They act in training mode only, whether or not a batch is repeated; in evaluation the model is the stock one, bit
-    for bit. No parameter, buffer or config entry is added, so what `save_pretrained` writes is a stock model's.
-    Both sources may be used together, and beside the model's dropout.
+    They act in training mode only; in evaluation the model is the stock one, bit for bit. No parameter, buffer or
+    config entry is added, so `save_pretrained` writes a stock model. Both sources may be used together, and beside the
+    model's dropout.
 
     Args:
         model: the model itself, without wrappers for parallelism, compilation or adapters.
-        layer_drop: probability p that a row of the batch skips a hidden layer (of encoder and decoder), in [0, 1).
-            The layer's input is then its output, without rescaling, as in LayerDrop (Fan et al. 2019, arXiv
-            1909.11556): the 1 / (1 - p) of stochastic depth belongs to a residual branch, and the layers of BERT and
-            its like end in a norm, so have none. Drawn for each row of a repeated batch, so the passes differ. Layers
-            that a row skips are computed all the same: it saves no time.
-        insert_dropout: rate p of dropout put on the outputs of the attention and feed-forward blocks of each layer,
-            as far as they are modules of their own, in [0, 1): for models that have none there (Llama, Qwen, Mistral,
-            ModernBERT, ...).
+        layer_drop: probability p in [0, 1) that a row of the batch skips a hidden layer (of encoder and decoder). The
+            layer's input is then its output, without rescaling, as in LayerDrop (Fan et al. 2019, arXiv 1909.11556).
+            Drawn for each row of a repeated batch, so the passes differ. Skipped layers are computed all the same.
+        insert_dropout: rate p in [0, 1) of dropout put on the outputs of the attention and feed-forward blocks of each
+            layer, for models that have none there (Llama, Qwen, Mistral, ModernBERT, ...).
 
     Attributes:
         differs: whether a source makes the passes differ by itself, without dropout in the model.
@@ -42,8 +39,8 @@ class SubModels:
     """
 
     def __init__(self, model: nn.Module, *, layer_drop: float = 0.0, insert_dropout: float = 0.0) -> None:
-        for name, rate in {"layer_drop": layer_drop, "insert_dropout": insert_dropout}.items():
-            _check_rate(name, rate)
+        _check_rate("layer_drop", layer_drop)
+        _check_rate("insert_dropout", insert_dropout)
         self.model, self.differs = model, bool(layer_drop or insert_dropout)
         self._undo: list[Callable[[], Any]] = []
         try:
@@ -59,8 +56,6 @@ class SubModels:
         """Leave the model as it was before."""
         while self._undo:
             self._undo.pop()()
-
-    # ---- The sources ----
 
     def _add(self, owner: nn.Module, name: str, child: nn.Module) -> Any:
         if hasattr(owner, name):
@@ -86,16 +81,10 @@ class SubModels:
 
 
 def insert_dropout(model: nn.Module, p: float) -> SubModels:
-    """Put dropout on the outputs of the attention and feed-forward blocks of a model that has none there.
+    """Put dropout of rate p in [0, 1) on the outputs of the attention and feed-forward blocks that have none.
 
-    Its code, parameters and config stay as they are. `inspect_dropout` and `set_dropout` see the new places.
-
-    Args:
-        model: the model itself, changed in place.
-        p: the rate, in [0, 1).
-
-    Returns:
-        An object whose `remove()` takes the dropout out again.
+    The model is changed in place; its code, parameters and config stay as they are. `inspect_dropout` and
+    `set_dropout` see the new places, and `remove()` of what is returned takes the dropout out again.
 
     Raises:
         ValueError: if `p` is out of range, or the layers' blocks cannot be found.

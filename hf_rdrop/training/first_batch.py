@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 
 from ..cost.model_shape import describe_model
 from ..cost.predict import predict_cost
-from ..fused.head import find_head
+from ..fused.head import find_output_embeddings
 from .settings import RunFacts
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ def check_labels_of_head(model: nn.Module, labels: Tensor, where: str = "the fir
     (Out of range, the loss fails with an index error from its depths, or on a GPU with an assertion that ends the
     process's use of it. Heads whose number of classes is not known are left alone.)
     """
-    config, head = getattr(model, "config", None), find_head(model)
+    config, head = getattr(model, "config", None), find_output_embeddings(model)
     if isinstance(head, nn.Linear):
         classes, kind, remedy = head.out_features, "tokens", "encode the data with the model's own tokenizer"
     elif _CLASSIFIER.search(type(model).__name__) and getattr(config, "problem_type", None) in (

@@ -1,7 +1,8 @@
-"""Whether a model does the same with its lower layers shared between the passes."""
+"""Refuse a trunk that cannot be shared: by the model's structure, and by a trial on real rows."""
 
+import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -9,14 +10,73 @@ from torch import Tensor, nn
 from ..batch import get_batch_size, map_tensors
 from ..dropout import dropout_off, inspect_dropout, is_stochastic
 from ..objective.heads import find_logits
-from .shared import SharedTrunk
 
 _CHECKED_EXAMPLES = 2  # enough to notice rows in a wrong order, few enough for the logits of a large vocabulary
 
 
+class Trunk(Protocol):
+    """What the trial needs of a `SharedTrunk`."""
+
+    model: nn.Module
+    layers: list[nn.Module]
+    shared_layers: int
+    non_batch_inputs: frozenset[str]
+
+    def start(self, passes: int) -> None: ...
+    def stop(self) -> None: ...
+
+
+def check_stacks(model: nn.Module, stacks: Mapping[str, nn.ModuleList]) -> None:
+    """Check that it is clear which of a model's lists of layers comes first."""
+    name = type(model).__name__
+    if not stacks:
+        raise ValueError(
+            f"rdrop_shared_layers: no list of transformer layers found in {name} (an nn.ModuleList of Transformers' "
+            "GradientCheckpointingLayer), so it is unknown which modules to share between the passes. Set "
+            "rdrop_shared_layers to 0, or derive the model's layers from GradientCheckpointingLayer."
+        )
+    # At most: an encoder alone may have its encoder-decoder's config (T5ForTokenClassification).
+    most = 2 if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else 1
+    if len(stacks) > most:
+        found = ", ".join(f"{path} ({len(stack)} layers)" for path, stack in stacks.items())
+        raise ValueError(
+            f"rdrop_shared_layers: {name} has {len(stacks)} lists of transformer layers ({found}), where an encoder "
+            "or a decoder has one and an encoder-decoder two, so it is unclear which layers come first. Set "
+            "rdrop_shared_layers to 0."
+        )
+
+
+def count_shared_layers(shared_layers: float, sizes: list[int]) -> int:
+    """Turn `rdrop_shared_layers`, a number or a fraction, into a number of layers, given the sizes of the stacks."""
+    is_number = isinstance(shared_layers, (int, float)) and not isinstance(shared_layers, bool)
+    if is_number and 0 < shared_layers < 1:
+        return max(1, math.floor(shared_layers * sizes[0] + 0.5))
+    if not is_number or not 1 <= shared_layers <= sum(sizes) or shared_layers != int(shared_layers):
+        encoder = " encoder" if len(sizes) > 1 else ""
+        raise ValueError(
+            f"rdrop_shared_layers={shared_layers!r} does not fit this model of {' + '.join(map(str, sizes))} layers: "
+            f"it is the number of layers that the passes share, a whole number from 1 to {sum(sizes)}, or a fraction "
+            f"of the {sizes[0]}{encoder} layers between 0 and 1. Set it in that range, or to 0 to share none."
+        )
+    return int(shared_layers)
+
+
+def check_layerdrop(model: nn.Module, stacks: list[str]) -> None:
+    """Check that no layer of these stacks is skipped at random."""
+    for source in inspect_dropout(model):
+        owner = source.name.rpartition(".")[0].removesuffix("config").removesuffix(".")
+        skips = [stack for stack in stacks if not owner or stack.startswith(f"{owner}.")]
+        if source.kind == "layerdrop" and source.rate > 0 and skips:
+            raise ValueError(
+                f"rdrop_shared_layers: {source.name} = {source.rate:g} skips whole layers of {skips[0]} at random, "
+                "and the rows cannot be repeated after the last shared layer when that is skipped. Set the layerdrop "
+                "to 0 (in the model's config), or rdrop_shared_layers to 0."
+            )
+
+
 @torch.no_grad()
 def check_shared_trunk(
-    trunk: SharedTrunk,
+    trunk: Trunk,
     model: nn.Module,
     inputs: Mapping[str, Any],
     passes: int,
@@ -26,20 +86,17 @@ def check_shared_trunk(
 ) -> None:
     """Check that sharing changes no logits in evaluation, and that something above the shared layers is random.
 
-    Three forwards over at most two examples, in evaluation mode. The random number generators, the training flags of
-    the modules and `inputs` stay as they are; the trunk is stopped.
+    Three forwards over at most two examples. Random number generators, training flags and `inputs` stay as they are;
+    the trunk is stopped.
 
     Args:
-        trunk: the trunk of the model.
-        model: what is called in training: the model, or a wrapper around it.
-        inputs: a repeated batch, m * B rows.
-        passes: m, >= 2.
+        trunk, model: the trunk, and its model as training calls it, perhaps in a wrapper.
+        inputs, passes: a repeated batch of m * B rows, and m >= 2.
         batch_size: number of examples B; read off the labels or input ids by default.
-        logits_of: takes the scores to look at from outputs, given their number of rows and the batch before it was
-            repeated.
+        logits_of: takes the scores from outputs, given their number of rows and the batch before it was repeated.
 
     Raises:
-        ValueError: when the model does not work with its first layers shared, or the passes would be identical.
+        ValueError: the model does not work with its first layers shared, or the passes would be identical.
     """
     model = getattr(model, "_orig_mod", model)  # a graph compiled for these few rows would never be used again
     name, k = type(trunk.model).__name__, trunk.shared_layers
@@ -93,7 +150,7 @@ def check_shared_trunk(
         )
 
 
-def _check_calls(trunk: SharedTrunk, calls: list[nn.Module]) -> None:
+def _check_calls(trunk: Trunk, calls: list[nn.Module]) -> None:
     """Check that the shared layers are called once each, in order, and that something called after them is random."""
     k, name = trunk.shared_layers, type(trunk.model).__name__
     numbers = {layer: i for i, layer in enumerate(trunk.layers, 1)}
@@ -121,7 +178,7 @@ def _check_calls(trunk: SharedTrunk, calls: list[nn.Module]) -> None:
 
 
 def _select(value: Any, rows: int, index: list[int]) -> Any:
-    """The rows `index` of whatever has `rows` rows in a batch."""
+    """Take the rows `index` of whatever has `rows` rows in a batch."""
     if isinstance(value, list) and len(value) == rows and not any(isinstance(v, (Tensor, dict)) for v in value):
         return [value[i] for i in index]
     return map_tensors(lambda t: t[index] if t.dim() > 0 and len(t) == rows else t, value)

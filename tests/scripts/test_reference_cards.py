@@ -9,7 +9,8 @@ from huggingface_hub import ModelCard
 
 import reference_cards
 import run_glue
-from comparison.cards import in_words, options_of
+from comparison.card_words import in_words
+from comparison.cards import options_of
 from comparison.config import parse as parse_comparison
 from comparison.figures import make_report
 from comparison.report import as_json

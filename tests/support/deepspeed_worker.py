@@ -12,15 +12,16 @@ import torch.distributed as dist
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 
-from support.distributed_worker import ACCUMULATED, AT_ONCE, FUSED, PLAIN, R_DROP, SHARED, make_any_model, run
+from support.distributed_worker import ACCUMULATED, AT_ONCE, run
+from support.settings import HEADS, TINY
 
 UNTIED, TIED = {"tie_word_embeddings": False}, {"tie_word_embeddings": True}
-# (head, changes of the configuration, arguments, rows and micro-batches)
+# (head, changes of the configuration, option, rows and micro-batches)
 CASES = [
-    *(("single", {}, args, AT_ONCE) for args in (PLAIN, R_DROP)),
-    ("token", {}, SHARED, ACCUMULATED),
-    *(("seq2seq", {}, args, ACCUMULATED) for args in (R_DROP, FUSED, {**FUSED, **SHARED})),
-    *(("causal", config, {**FUSED, **SHARED}, ACCUMULATED) for config in (UNTIED, TIED)),
+    *(("single", {}, option, AT_ONCE) for option in ("plain", "default")),
+    ("token", {}, "shared layer", ACCUMULATED),
+    *(("seq2seq", {}, option, ACCUMULATED) for option in ("default", "fused head", "fused head + shared layer")),
+    *(("causal", config, "fused head + shared layer", ACCUMULATED) for config in (UNTIED, TIED)),
 ]
 
 
@@ -36,9 +37,9 @@ if __name__ == "__main__":
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     found = []
     for case in CASES:
-        head, config, args, split = case
-        model = make_any_model(head, **config)
-        result = run(head, *split, model, use_cpu=False, **args)
+        head, config, option, split = case
+        model = HEADS[head].model(TINY, **config)
+        result = run(head, *split, model, use_cpu=False, option=option)
         found.append((case, {**result, "weights": whole_weights(model)}))
     assert dist.get_world_size() == 2
     if dist.get_rank() == 0:

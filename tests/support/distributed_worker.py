@@ -7,20 +7,15 @@ import sys
 
 import torch
 import torch.distributed as dist
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, set_seed
+from transformers import TrainerCallback
 
 from hf_rdrop import RDropTrainer
-from support.training import HEADS, VOCAB, InOrder, make_model, make_rows, step_logs, train
+from support.settings import HEADS, TINY, arguments, make_passes_differ, rows_for
+from support.training import HEADS as BASIC
+from support.training import InOrder, make_model, make_rows, step_logs, train
 
-ALL_HEADS = (*HEADS, "causal")
-TINY = 1e-9  # a dropout rate that makes a model stochastic on paper and never drops anything
+ALL_HEADS = (*BASIC, "causal")
 AT_ONCE, ACCUMULATED = (8, 1), (2, 4)  # rows of a step on one of two processes, and in how many micro-batches
-PLAIN, R_DROP = {"rdrop_alpha": 0.0}, {"rdrop_alpha": 3.0}
-SHARED = {**R_DROP, "rdrop_shared_layers": 1}
-FUSED = {**R_DROP, "rdrop_fused_head": "on"}
-INTERVAL = {**R_DROP, "rdrop_interval": 2}
-JENSEN_SHANNON = {**R_DROP, "rdrop_agreement": "jensen_shannon"}
-UNLABELED = {**R_DROP, "rdrop_unlabeled": True}
 # Thirteen rows for two processes: how the last batches are filled up, and to how many rows.
 UNEVEN = {
     "filled up": ({}, 16),
@@ -28,28 +23,29 @@ UNEVEN = {
     "accumulated": ({"gradient_accumulation_steps": 2}, 16),
     "dispatched": ({"dispatched": True}, 14),
 }
-# What is run by default, and what in the slow tests: cases are (head, arguments, rows and micro-batches).
+# What is run by default, and what in the slow tests: cases are (head, option, rows and micro-batches), by the
+# table in settings.py.
 PARTS = {
     "quick": {
         "cases": [
-            *((head, args, ACCUMULATED) for head in ALL_HEADS for args in (PLAIN, R_DROP)),
-            ("token", SHARED, ACCUMULATED),
-            ("seq2seq", {**FUSED, **SHARED}, ACCUMULATED),
-            ("causal", FUSED, ACCUMULATED),
-            ("token", JENSEN_SHANNON, ACCUMULATED),
-            *((head, UNLABELED, ACCUMULATED) for head in ("regression", "token")),
+            *((head, option, ACCUMULATED) for head in ALL_HEADS for option in ("plain", "default")),
+            ("token", "shared layer", ACCUMULATED),
+            ("seq2seq", "fused head + shared layer", ACCUMULATED),
+            ("causal", "fused head", ACCUMULATED),
+            ("token", "jensen_shannon", ACCUMULATED),
+            *((head, "unlabeled", ACCUMULATED) for head in ("regression", "token")),
         ],
         "per rank": ["single", "token"],
         "uneven": ["filled up", "left as it is"],
     },
     "slow": {
         "cases": [
-            *((head, args, AT_ONCE) for head in ALL_HEADS for args in (PLAIN, R_DROP)),
-            *((head, SHARED, ACCUMULATED) for head in ALL_HEADS if head != "token"),
-            *(("seq2seq", {**FUSED, **args}, ACCUMULATED) for args in ({}, INTERVAL)),
-            *(("causal", {**FUSED, **args}, ACCUMULATED) for args in (SHARED, INTERVAL)),
-            ("seq2seq", {**FUSED, **SHARED, **INTERVAL}, AT_ONCE),
-            *((head, UNLABELED, ACCUMULATED) for head in ("single", "multi", "seq2seq", "causal")),
+            *((head, option, AT_ONCE) for head in ALL_HEADS for option in ("plain", "default")),
+            *((head, "shared layer", ACCUMULATED) for head in ALL_HEADS if head != "token"),
+            *(("seq2seq", option, ACCUMULATED) for option in ("fused head", "fused head + interval")),
+            *(("causal", f"fused head + {option}", ACCUMULATED) for option in ("shared layer", "interval")),
+            ("seq2seq", "fused head + shared layer + interval", AT_ONCE),
+            *((head, "unlabeled", ACCUMULATED) for head in ("single", "multi", "seq2seq", "causal")),
         ],
         "per rank": ["multi", "regression", "seq2seq", "causal"],
         "uneven": ["accumulated", "dispatched"],
@@ -75,45 +71,6 @@ COLLECTIVES = [
     "reduce_scatter_tensor",
     "scatter",
 ]
-
-
-def make_any_model(head, dropout=TINY, **config):
-    """`make_model`, or a causal language model of two layers."""
-    if head != "causal":
-        return make_model(head, dropout, **config)
-    set_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = {**sizes, "vocab_size": VOCAB, "num_key_value_heads": 2, "pad_token_id": 0, **config}
-    return LlamaForCausalLM(LlamaConfig(attention_dropout=dropout, **config))
-
-
-def make_any_rows(head, rows=16):
-    if head != "causal":
-        return make_rows(head, rows)
-    return [{**row, "labels": [i or -100 for i in row["input_ids"]]} for row in make_rows("token", rows)]
-
-
-def hide_labels(row):
-    """The row without its labels: -100 in each place."""
-    hidden = {}
-    for name in {"labels", "start_positions", "end_positions"} & row.keys():
-        value = row[name]
-        hidden[name] = [type(x)(-100) for x in value] if isinstance(value, list) else type(value)(-100)
-    return {**row, **hidden}
-
-
-def make_passes_differ(model):
-    """Put a fixed mask for each of two passes before the head, in place of dropout, whichever rows are in a batch."""
-    masks = (torch.rand(2, 16, generator=torch.Generator().manual_seed(3)) > 0.3).float()
-
-    def drop(module, args):
-        (hidden,) = args
-        kept = masks.to(hidden.dtype).repeat_interleave(len(hidden) // 2, 0)
-        return hidden * (kept[:, None] if hidden.dim() == 3 else kept) if module.training else hidden
-
-    heads = ("classifier", "lm_head", "qa_outputs", "cls")
-    head = next(module for name, module in model.named_modules() if name in heads)
-    head.register_forward_pre_hook(drop)
 
 
 class Recorder(TrainerCallback):
@@ -166,14 +123,12 @@ class RecordingTrainer(RDropTrainer):
         return loss
 
 
-def run(head, size, steps, model=None, rows=None, ddp_options=(), has_dropout=False, **args):
+def run(head, size, steps, model=None, rows=None, ddp_options=(), has_dropout=False, option="default", **args):
     """Plain gradient descent: by default two optimizer steps, each over the same 16 rows."""
-    model, recorder = model or make_any_model(head), Recorder()
+    model, recorder, args = model or HEADS[head].model(TINY), Recorder(), {**arguments(option), **args}
     if rows is None:
-        rows = make_any_rows(head)
-        if args.get("rdrop_unlabeled"):  # two in five, wherever they land
-            rows = [hide_labels(row) if i % 5 < 2 else row for i, row in enumerate(rows)]
-    if args.get("rdrop_alpha") and "rdrop_interval" not in args and not has_dropout:
+        rows = rows_for(head, option)
+    if args["rdrop_alpha"] and "rdrop_interval" not in args and not has_dropout:
         make_passes_differ(model)
     defaults = {"optim": "sgd", "learning_rate": 1e-2, "max_grad_norm": 100.0}  # the norm is logged, nothing clipped
     originals = {name: recorder.watch(name) for name in COLLECTIVES}
@@ -203,7 +158,7 @@ def run(head, size, steps, model=None, rows=None, ddp_options=(), has_dropout=Fa
 def run_uneven(dispatched=False, gradient_accumulation_steps=1, **args):
     """One epoch over thirteen rows, four a batch."""
     rows = make_rows("token", 13)
-    args = {**R_DROP, "num_train_epochs": 1, "max_steps": -1, **args}
+    args = {"num_train_epochs": 1, "max_steps": -1, **args}
     if dispatched:  # rank 0 reads the rows and hands them out
         rows, args["max_steps"] = InOrder(rows), 2
     return run("token", 4, gradient_accumulation_steps, rows=rows, **args)
@@ -213,7 +168,7 @@ def record_masks(**args):
     """What a dropout module kept in the first step: `[2 B, T, D]`."""
     model, masks = make_model("single", 0.3), []
     model.bert.encoder.layer[0].output.dropout.register_forward_hook(lambda *call: masks.append(call[-1] != 0))
-    run("single", 8, 1, model, has_dropout=True, **R_DROP, **args)
+    run("single", 8, 1, model, has_dropout=True, **args)
     return masks[0]
 
 
@@ -221,7 +176,7 @@ def run_by_length(**args):
     """Two epochs over 24 rows in the order of LengthGroupedSampler, with dropout."""
     order = {"train_sampling_strategy": "group_by_length", "num_train_epochs": 2, "max_steps": -1}
     model, rows = make_model("single", 0.3), make_rows("single", 24)
-    return run("single", 3, 1, model, rows, has_dropout=True, **R_DROP, **order, **args)["seen"]
+    return run("single", 3, 1, model, rows, has_dropout=True, **order, **args)["seen"]
 
 
 def of_all_ranks(value):
@@ -234,18 +189,18 @@ def of_all_ranks(value):
 def main(output, part):
     gloo, chosen = {"ddp_backend": "gloo"}, PARTS[part]
     found = {
-        "cases": [(case, run(case[0], *case[2], **case[1], **gloo)) for case in chosen["cases"]],
+        "cases": [(case, run(case[0], *case[2], option=case[1], **gloo)) for case in chosen["cases"]],
         "uneven": {name: run_uneven(**UNEVEN[name][0], **gloo) for name in chosen["uneven"]},
     }
-    own = {"average_tokens_across_devices": False, **R_DROP}
+    own = {"average_tokens_across_devices": False}
     found["per rank"] = {head: run(head, *ACCUMULATED, **own, **gloo) for head in chosen["per rank"]}
     if part == "quick":
         found |= {"masks": record_masks(**gloo), "by length": run_by_length(**gloo)}
     else:
         found["options"] = [
-            (option, head, args, run(head, *split, ddp_options=(option,), **args, **gloo))
-            for option, split in DDP_OPTIONS.items()
-            for head, args in (("token", SHARED), ("causal", FUSED))
+            (name, head, option, run(head, *split, ddp_options=(name,), option=option, **gloo))
+            for name, split in DDP_OPTIONS.items()
+            for head, option in (("token", "shared layer"), ("causal", "fused head"))
         ]
     found = of_all_ranks(found)
     if dist.get_rank() == 0:

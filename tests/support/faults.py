@@ -5,14 +5,17 @@ import os
 import resource
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+from pytest import MonkeyPatch
 from transformers import Trainer, TrainerState
 
-from hf_rdrop import RDropMixin, RDropTrainer
+from hf_rdrop import RDropMixin, RDropTrainer, RDropTrainingArguments
 from hf_rdrop.checkpoints import last_finished
 from support.training import make_model, train
 
@@ -80,6 +83,32 @@ def script_run(name, argv, fault=None):
     if fault:
         plan(*fault)
     cli(lambda: script.main([str(argument) for argument in argv]))
+
+
+def wait_in_a_temporary_folder(parent):
+    """A script that is busy with what it will leave nothing of."""
+    from finetuning.run import cli
+
+    def main():
+        with tempfile.TemporaryDirectory(dir=parent):
+            time.sleep(60)
+
+    cli(main)
+
+
+def push_and_wait(folder, url, token, home):
+    """A push that has copied what it uploads, and then takes a minute; to the Hub at `url`."""
+    from support.hub_server import use_hub
+
+    class Waiting(RDropTrainer):
+        def create_model_card(self, *args, **kwargs):
+            time.sleep(60)
+
+    use_hub(SimpleNamespace(url=url, token=token), home, MonkeyPatch())
+    args = RDropTrainingArguments(
+        str(folder), push_to_hub=True, hub_model_id="tester/model", use_cpu=True, report_to=[]
+    )
+    Waiting(model=make_model("single"), args=args).push_to_hub()
 
 
 # ---- What goes wrong ----

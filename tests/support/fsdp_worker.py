@@ -12,38 +12,43 @@ import torch.distributed as dist
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 
-from support.distributed_worker import ACCUMULATED, AT_ONCE, FUSED, PLAIN, R_DROP, SHARED, make_any_model, run
+from support.distributed_worker import ACCUMULATED, AT_ONCE, run
+from support.settings import HEADS, TINY
 
 LAYERS = {"seq2seq": "MarianEncoderLayer,MarianDecoderLayer", "causal": "LlamaDecoderLayer"}
 UNTIED, TIED = {"tie_word_embeddings": False}, {"tie_word_embeddings": True}
 # (Accelerate 1.15 cannot shard encoder-decoders with shared embeddings, whoever trains them.)
 NOTHING_SHARED = {**UNTIED, "share_encoder_decoder_embeddings": False}
-BOTH = {**FUSED, **SHARED}
-# (head, changes of the configuration, arguments, rows and micro-batches, activation checkpointing)
+OPTIONS = ("plain", "default", "shared layer", "fused head", "fused head + shared layer")
+# (head, changes of the configuration, option, rows and micro-batches, activation checkpointing)
 PARTS = {
     "quick": [
-        ("token", {}, PLAIN, AT_ONCE, False),
-        ("token", {}, SHARED, ACCUMULATED, True),
-        ("causal", TIED, BOTH, ACCUMULATED, True),
-        ("causal", UNTIED, R_DROP, AT_ONCE, False),
-        ("seq2seq", NOTHING_SHARED, BOTH, AT_ONCE, False),
+        ("token", {}, "plain", AT_ONCE, False),
+        ("token", {}, "shared layer", ACCUMULATED, True),
+        ("causal", TIED, "fused head + shared layer", ACCUMULATED, True),
+        ("causal", UNTIED, "default", AT_ONCE, False),
+        ("seq2seq", NOTHING_SHARED, "fused head + shared layer", AT_ONCE, False),
     ],
     "slow": [
-        *((head, {}, args, AT_ONCE, False) for head in ("single", "multi", "regression") for args in (PLAIN, SHARED)),
-        *((head, {}, R_DROP, ACCUMULATED, False) for head in ("single", "multi", "regression", "token")),
-        *(("seq2seq", NOTHING_SHARED, args, ACCUMULATED, True) for args in (PLAIN, R_DROP, SHARED, FUSED, BOTH)),
-        *(("causal", UNTIED, args, ACCUMULATED, True) for args in (PLAIN, R_DROP, SHARED, FUSED, BOTH)),
-        *(("causal", TIED, args, AT_ONCE, False) for args in (PLAIN, R_DROP, SHARED, FUSED, BOTH)),
+        *(
+            (head, {}, option, AT_ONCE, False)
+            for head in ("single", "multi", "regression")
+            for option in ("plain", "shared layer")
+        ),
+        *((head, {}, "default", ACCUMULATED, False) for head in ("single", "multi", "regression", "token")),
+        *(("seq2seq", NOTHING_SHARED, option, ACCUMULATED, True) for option in OPTIONS),
+        *(("causal", UNTIED, option, ACCUMULATED, True) for option in OPTIONS),
+        *(("causal", TIED, option, AT_ONCE, False) for option in OPTIONS),
     ],
 }
 
 
-def run_sharded(head, config, args, split, checkpointing):
+def run_sharded(head, config, option, split, checkpointing):
     layers = LAYERS.get(head, "BertLayer")
     os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = layers
     os.environ["FSDP_ACTIVATION_CHECKPOINTING"] = str(checkpointing).lower()
-    model = make_any_model(head, **config)
-    result = run(head, *split, model, **args, use_cpu=False)
+    model = HEADS[head].model(TINY, **config)
+    result = run(head, *split, model, option=option, use_cpu=False)
     names = {type(module).__name__ for module in model.modules()}
     assert f"FSDP{layers.partition(',')[0]}" in names and ("FSDPCheckpointWrapper" in names) == checkpointing, names
     return result

@@ -114,7 +114,7 @@ def make_trainer(model, kind="causal", trainer_class=None, trainer_kwargs=None, 
     trainer_class = trainer_class or (RDropSeq2SeqTrainer if kind == "seq2seq" else RDropTrainer)
     defaults = {"output_dir": "unused", "use_cpu": True, "report_to": [], "rdrop_alpha": 3.0}
     trainer = trainer_class(model=model, args=args_class(**{**defaults, **args}), **(trainer_kwargs or {}))
-    trainer._begin_training()
+    trainer.check_setup()
     return trainer
 
 

@@ -1,3 +1,5 @@
+"""Lower layers that the passes share: the same logits and gradients for every architecture, and fewer FLOPs."""
+
 import math
 
 import pytest
@@ -8,150 +10,24 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_rdrop.batch import repeat_batch
 from hf_rdrop.dropout import inspect_dropout, set_dropout
 from hf_rdrop.trunk import SharedTrunk, find_layer_stacks
 from hf_rdrop.trunk.check import check_shared_trunk
-
-VOCAB = 40
-BERT_LIKE = {
-    "vocab_size": VOCAB,
-    "hidden_size": 16,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "num_labels": 3,
-    "initializer_range": 0.3,
-}
-BART_LIKE = {
-    "vocab_size": VOCAB,
-    "d_model": 16,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2,
-    "encoder_ffn_dim": 32,
-    "decoder_ffn_dim": 32,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "decoder_start_token_id": 0,
-    "init_std": 0.3,
-}
-T5_LIKE = {
-    "vocab_size": VOCAB,
-    "d_model": 16,
-    "d_kv": 8,
-    "d_ff": 32,
-    "num_layers": 2,
-    "num_heads": 2,
-    "pad_token_id": 0,
-    "decoder_start_token_id": 0,
-}
-DISENTANGLED = {"relative_attention": True, "position_buckets": 8, "pos_att_type": ["c2p", "p2c"]}
-
-# Head, configuration class, configuration.
-ARCHITECTURES = {
-    "bert": (tf.BertForSequenceClassification, tf.BertConfig, BERT_LIKE),
-    "roberta": (tf.RobertaForTokenClassification, tf.RobertaConfig, BERT_LIKE),
-    "distilbert": (
-        tf.DistilBertForSequenceClassification,
-        tf.DistilBertConfig,
-        {"vocab_size": VOCAB, "dim": 16, "n_layers": 3, "n_heads": 2, "hidden_dim": 32, "initializer_range": 0.3},
-    ),
-    "deberta-v2": (tf.DebertaV2ForSequenceClassification, tf.DebertaV2Config, {**BERT_LIKE, **DISENTANGLED}),
-    "electra": (tf.ElectraForSequenceClassification, tf.ElectraConfig, {**BERT_LIKE, "embedding_size": 8}),
-    "modernbert": (
-        tf.ModernBertForSequenceClassification,
-        tf.ModernBertConfig,
-        {**BERT_LIKE, "cls_token_id": 1, "sep_token_id": 2},
-    ),
-    "llama": (tf.LlamaForCausalLM, tf.LlamaConfig, BERT_LIKE),
-    "qwen2": (tf.Qwen2ForSequenceClassification, tf.Qwen2Config, {**BERT_LIKE, "num_key_value_heads": 1}),
-    "gemma": (
-        tf.GemmaForCausalLM,
-        tf.GemmaConfig,
-        {**BERT_LIKE, "num_key_value_heads": 1, "head_dim": 8},
-    ),
-    "gpt2": (
-        tf.GPT2LMHeadModel,
-        tf.GPT2Config,
-        {
-            "vocab_size": VOCAB,
-            "n_embd": 16,
-            "n_layer": 3,
-            "n_head": 2,
-            "n_positions": 64,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "initializer_range": 0.3,
-        },
-    ),
-    "t5": (tf.T5ForConditionalGeneration, tf.T5Config, T5_LIKE),
-    "marian": (tf.MarianMTModel, tf.MarianConfig, {**BART_LIKE, "forced_eos_token_id": 2}),
-    "bart": (tf.BartForConditionalGeneration, tf.BartConfig, BART_LIKE),
-    "mbart": (tf.MBartForConditionalGeneration, tf.MBartConfig, BART_LIKE),
-    "pegasus": (tf.PegasusForConditionalGeneration, tf.PegasusConfig, {**BART_LIKE, "forced_eos_token_id": 2}),
-    "vit": (
-        tf.ViTForImageClassification,
-        tf.ViTConfig,
-        {**{k: v for k, v in BERT_LIKE.items() if k not in ("vocab_size",)}, "image_size": 16, "patch_size": 8},
-    ),
-}
-# What comes after the last layer and is random: the head's dropout, or the decoder's final one (T5).
-DROPOUT_ABOVE_ALL = {"bert", "roberta", "distilbert", "deberta-v2", "electra", "modernbert", "t5"}
-
-
-def make(name, dropout=0.2, **config):
-    head, config_class, base = ARCHITECTURES[name]
-    tf.set_seed(0)
-    model = head(config_class(**{**base, **config})).train()
-    set_dropout(model, dropout)
-    return model
-
-
-def make_batch(model, rows=3, length=7, seed=0):
-    """A padded batch with labels for the model's head."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(high, *shape, low=0):
-        return torch.randint(low, high, shape, generator=generator)
-
-    name = type(model).__name__
-    if "Image" in name:
-        return {"pixel_values": torch.randn(rows, 3, 16, 16, generator=generator), "labels": draw(2, rows)}
-    ids = draw(VOCAB, rows, length, low=3)
-    mask = torch.ones_like(ids)
-    mask[0, length - 2 :] = 0
-    batch = {"input_ids": ids * mask, "attention_mask": mask}
-    if "LM" in name:
-        batch["labels"] = torch.where(mask == 1, ids, -100)
-    elif "Sequence" in name:
-        batch["labels"] = draw(2, rows)
-    elif "Token" in name:
-        batch["labels"] = torch.where(mask == 1, draw(2, rows, length), -100)
-    else:
-        batch["labels"] = draw(VOCAB, rows, 5, low=3)
-    return batch
-
-
-def all_layers(model):
-    return [layer for stack in find_layer_stacks(model).values() for layer in stack]
-
-
-def count_rows(model):
-    """A list that the forwards to come fill with the rows of the layers' inputs; to be called after a trunk is on."""
-    seen = []
-    for layer in all_layers(model):
-        layer.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
-    return seen
+from support.trunk_models import (
+    ARCHITECTURES,
+    BART_LIKE,
+    BERT_LIKE,
+    VOCAB,
+    Layer,
+    Toy,
+    all_layers,
+    count_rows,
+    make,
+    make_batch,
+    toy_batch,
+)
 
 
 def record_outputs(model):
@@ -206,21 +82,6 @@ def test_logits_in_evaluation_are_equal_for_each_k(name):
             for layer in all_layers(model):
                 layer._forward_pre_hooks.clear()
     assert plain.std(0).max() > 1e-2  # the rows differ, so a mistake in their order would be seen
-
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_check_accepts_what_leaves_something_random(name):
-    model = make(name)
-    layers = len(all_layers(model))
-    repeated = repeat_batch(make_batch(model), 2)
-    for k in range(1, layers + 1):
-        trunk = SharedTrunk(model, k)
-        if k < layers or name in DROPOUT_ABOVE_ALL:
-            check_shared_trunk(trunk, model, repeated, 2)
-        else:
-            with pytest.raises(ValueError, match=rf"after its {k} shared layers is random"):
-                check_shared_trunk(trunk, model, repeated, 2)
-        trunk.remove()
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -479,50 +340,7 @@ def test_multiple_choice_has_a_row_for_each_choice():
     assert rows == [12, 12, 24]
 
 
-# ---- Models of our own: what arguments look like, and what cannot be shared ----
-
-
-class Layer(GradientCheckpointingLayer):
-    """Mixes the time steps `[B, T, D]` of each row, adds to the log it is handed, and drops elements."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear, self.dropout = nn.Linear(4, 4), nn.Dropout(0.2)
-
-    def forward(self, hidden_states, mask=None, position_embeddings=None, log=None):
-        x = self.linear(hidden_states)
-        if mask is not None:
-            x = x * mask["rows"][0][..., None]
-        if position_embeddings is not None:
-            x = x + position_embeddings
-        if log is not None:
-            log[len(log)] = len(x)
-        return hidden_states + self.dropout(torch.tanh(x + x.cumsum(1)))
-
-
-class Toy(nn.Module):
-    def __init__(self, layers=3, final_dropout=0.0):
-        super().__init__()
-        tf.set_seed(0)
-        self.layers = nn.ModuleList(Layer() for _ in range(layers))
-        self.final_dropout = final_dropout
-
-    def forward(self, x, mask, labels=None):
-        self.log = {}
-        rotary = torch.linspace(0, 1, x.shape[1])[:, None].expand(-1, 4)  # [T, D]
-        for i, layer in enumerate(self.layers):
-            if i % 2:  # keywords in any order
-                x = layer(position_embeddings=rotary, mask={"rows": (mask,)}, log=self.log, hidden_states=x)
-            else:
-                x = layer(x, {"rows": (mask,)}, rotary, log=self.log)
-        return {"logits": x[:, -1]}
-
-
-def toy_batch(rows=3, length=5):
-    generator = torch.Generator().manual_seed(0)
-    mask = (torch.rand(rows, length, generator=generator) > 0.3).float()
-    x = torch.randn(rows, length, 4, generator=generator)
-    return repeat_batch({"x": x, "mask": mask, "labels": torch.zeros(rows)}, 2)
+# ---- A model of our own: what arguments look like ----
 
 
 @pytest.mark.parametrize("length", (5, 6))  # 6 rows
@@ -562,81 +380,6 @@ def test_names_that_are_never_cut():
     SharedTrunk(model, 2).start(2)
     with pytest.raises(AssertionError):
         model(**toy_batch())
-
-
-class Again(Toy):
-    def forward(self, x, mask, labels=None):
-        x = self.layers[0](x)
-        return super().forward(self.layers[0](x), mask)
-
-
-class TimeFirst(Toy):
-    def forward(self, x, mask, labels=None):
-        x = x.transpose(0, 1)
-        for layer in self.layers:
-            x = layer(x)
-        return {"logits": x.transpose(0, 1)[:, -1]}
-
-
-class Sums(Toy):
-    def forward(self, x, mask, labels=None):
-        states = [x]
-        for layer in self.layers:
-            states.append(layer(states[-1]))
-        return {"logits": sum(states)[:, -1]}
-
-
-@pytest.mark.parametrize(
-    ("model", "k", "reason"),
-    (
-        (Again(), 1, r"calls its first 1 layers in the order \[1, 1, 1\]"),
-        (Again(), 2, r"in the order \[1, 1, 1, 2\]"),
-        (TimeFirst(), 2, "batch dimension is not the first|does not run"),
-        (Sums(), 2, r"does not run with its first 2 layers shared.*\(RuntimeError: The size of tensor"),
-    ),
-)
-@pytest.mark.parametrize("length", (4, 5))
-def test_check_refuses(model, k, reason, length):
-    trunk = SharedTrunk(model, k)
-    trunk.start(2)  # whatever was before
-    with pytest.raises(ValueError, match=reason) as error:
-        check_shared_trunk(trunk, model, toy_batch(length=length), 2)
-    assert "Set rdrop_shared_layers to" in str(error.value)
-
-
-def test_check_allows_for_what_rounding_does_when_the_number_of_rows_changes():
-    class Rounding(Layer):
-        def forward(self, hidden_states, mask, position_embeddings, log=None):
-            exact = super().forward(hidden_states, mask, position_embeddings)
-            return exact + 0.1 * len(hidden_states)
-
-    model = Toy()
-    model.layers = nn.ModuleList(Rounding() for _ in range(3))
-    check_shared_trunk(SharedTrunk(model, 2), model, toy_batch(), 2)
-
-
-def test_check_accepts_layers_whose_states_are_used_outside_where_all_rows_are_there():
-    model = Sums()
-    check_shared_trunk(SharedTrunk(model, 1), model, toy_batch(), 2)
-
-
-def test_deberta_with_a_convolution_shares_one_layer_at_most():
-    model = make("deberta-v2", conv_kernel_size=3, conv_act="tanh")
-    repeated = repeat_batch(make_batch(model), 2)
-    trunk = SharedTrunk(model, 1)
-    check_shared_trunk(trunk, model, repeated, 2)
-    trunk.remove()
-    with pytest.raises(ValueError, match="does not run with its first 2 layers shared"):
-        check_shared_trunk(SharedTrunk(model, 2), model, repeated, 2)
-
-
-def test_bloom_is_refused():
-    model = tf.BloomForSequenceClassification(
-        tf.BloomConfig(vocab_size=VOCAB, hidden_size=16, n_layer=3, n_head=2, pad_token_id=0)
-    )
-    set_dropout(model, 0.1)
-    with pytest.raises(ValueError, match="does not run with its first 1 layers"):  # ALiBi of B * heads rows
-        check_shared_trunk(SharedTrunk(model, 1), model, repeat_batch(make_batch(model), 2), 2)
 
 
 @pytest.mark.parametrize(
@@ -692,43 +435,6 @@ def test_numbers_for_an_encoder_decoder():
         SharedTrunk(model, 7)
 
 
-# ---- What has to stay random ----
-
-
-@pytest.mark.parametrize("implementation", ("eager", "sdpa"))
-def test_what_counts_as_random_above_the_shared_layers(implementation):
-    def check(k, **config):
-        tf.set_seed(0)
-        rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, **config}
-        model = tf.BertForSequenceClassification(
-            tf.BertConfig(**{**BERT_LIKE, **rates}, attn_implementation=implementation)
-        )
-        check_shared_trunk(SharedTrunk(model, k), model, repeat_batch(make_batch(model), 2), 2)
-
-    check(3, classifier_dropout=0.1)
-    check(2, attention_probs_dropout_prob=0.1, classifier_dropout=0.0)
-    for k, config in (
-        (3, {"hidden_dropout_prob": 0.1, "classifier_dropout": 0.0}),
-        (3, {"attention_probs_dropout_prob": 0.1}),
-        (1, {}),
-    ):
-        with pytest.raises(ValueError, match=rf"after its {k} shared layers is random.*Share fewer layers"):
-            check(k, **config)
-
-
-def test_dropout_of_the_shared_layers_alone_is_refused():
-    model = make("bert", 0.0)
-    for layer in model.bert.encoder.layer[:2]:
-        set_dropout(layer, 0.5)
-    set_dropout(model.bert.embeddings, 0.5)
-    repeated = repeat_batch(make_batch(model), 2)
-    trunk = SharedTrunk(model, 1)
-    check_shared_trunk(trunk, model, repeated, 2)  # layer 2 is above
-    trunk.remove()
-    with pytest.raises(ValueError, match="after its 2 shared layers is random"):
-        check_shared_trunk(SharedTrunk(model, 2), model, repeated, 2)
-
-
 def test_layerdrop_of_the_shared_layers_is_refused():
     config = {**BART_LIKE, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.1}
     model = tf.BartForConditionalGeneration(tf.BartConfig(**config))
@@ -740,62 +446,3 @@ def test_layerdrop_of_the_shared_layers_is_refused():
     with pytest.raises(ValueError, match=r"encoder.layerdrop = 0.2 .* Set the layerdrop to 0"):
         SharedTrunk(model, 1)
     assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in all_layers(model))
-
-
-# ---- The check leaves no trace ----
-
-
-@pytest.mark.parametrize("k", (2, 3))
-def test_check_leaves_no_trace(k):
-    model = make("llama")
-    model.lm_head.eval()  # a part that the user has put into evaluation mode
-    flags = {name: module.training for name, module in model.named_modules()}
-    batch = repeat_batch(make_batch(model), 2)
-    copies = {name: value.clone() for name, value in batch.items()}
-    trunk = SharedTrunk(model, k)
-    model.model.register_forward_pre_hook(
-        lambda module, args: torch.rand(1) and None
-    )  # some models draw in evaluation
-    state = torch.get_rng_state()
-    trunk.start(2)
-    try:
-        check_shared_trunk(trunk, model, batch, 2)
-    except ValueError:
-        assert k == 3
-    else:
-        assert k == 2
-    assert torch.equal(torch.get_rng_state(), state)
-    assert {name: module.training for name, module in model.named_modules()} == flags
-    assert batch.keys() == copies.keys() and all(torch.equal(batch[name], copies[name]) for name in batch)
-    assert all(parameter.grad is None for parameter in model.parameters())
-    assert sum(len(module._forward_pre_hooks) for module in model.modules()) == k + 1  # the trunk's and ours
-    rows = count_rows(model)
-    model(**batch)
-    assert rows == [6, 6, 6]  # the trunk is stopped
-
-
-def test_check_takes_few_rows():
-    model = make("bert")
-    rows = count_rows(model)
-    batch = make_batch(model, rows=8)
-    check_shared_trunk(SharedTrunk(model, 1), model, repeat_batch(batch, 3), 3)
-    assert max(rows) == 2 * 3
-
-
-def test_check_picks_the_same_rows_of_everything():
-    model = make("bert")
-    seen = []
-
-    def take(module, args, kwargs):
-        seen.append((kwargs.pop("cache_position"), kwargs.pop("names"), kwargs["input_ids"]))
-
-    model.register_forward_pre_hook(take, with_kwargs=True)
-    batch = {**make_batch(model, rows=4), "names": list("abcd"), "cache_position": torch.arange(8)}
-    ids = batch["input_ids"]
-    repeated = repeat_batch(batch, 2, batch_size=4)
-    check_shared_trunk(SharedTrunk(model, 1), model, repeated, 2, batch_size=4)
-    for positions, names, rows in seen:
-        passes = len(rows) // 2
-        assert len(positions) == 8 and names == list("ab") * passes  # positions: by name, not per example
-        assert torch.equal(rows, torch.cat([ids[:2]] * passes))
-    assert [len(names) for _, names, _ in seen] == [4, 2, 4]

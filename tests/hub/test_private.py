@@ -5,11 +5,9 @@ import socket
 from pathlib import Path
 
 import pytest
-import torch
 
 from hf_rdrop import RDropTrainingArguments
 from hf_rdrop.hub.private import Private
-from hf_rdrop.hub.push import _explained
 
 
 @pytest.fixture
@@ -103,12 +101,3 @@ def test_copy_folder(private, tmp_path):
     assert {path.name for path in (tmp_path / "light").iterdir() if path.is_file()} == {
         *("README.md", "config.json", "plain.json", "broken.json", "tokenizer.json")
     }
-
-
-def test_only_network_errors_are_explained():
-    with pytest.raises(OSError, match=r"No upload\. Check the network"), _explained("No upload."):
-        raise ConnectionError("refused")
-    with pytest.raises(KeyError), _explained("No upload."):
-        raise KeyError("a bug")
-    with pytest.raises(torch.cuda.OutOfMemoryError), _explained("No upload."):
-        raise torch.cuda.OutOfMemoryError("memory")

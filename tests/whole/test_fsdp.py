@@ -6,9 +6,10 @@ from functools import cache
 import pytest
 from accelerate.utils import FullyShardedDataParallelPlugin
 
-from support.distributed_worker import make_any_model, run
+from support.distributed_worker import run
 from support.fsdp_worker import PARTS
 from support.processes import assert_same, launch, launcher
+from support.settings import HEADS, TINY
 
 pytestmark = pytest.mark.skipif(
     "fsdp_version" not in inspect.signature(FullyShardedDataParallelPlugin).parameters,
@@ -27,8 +28,8 @@ def sharded(tmp_path_factory):
 
 
 def name_of(case):
-    head, config, args, split, checkpointing = case
-    names = [head, *(f"{name}={value}" for name, value in {**config, **args}.items()), "x".join(map(str, split))]
+    head, config, option, split, checkpointing = case
+    names = [head, *(f"{name}={value}" for name, value in config.items()), option, "x".join(map(str, split))]
     return "-".join([*names, *["checkpointing"] * checkpointing])
 
 
@@ -41,19 +42,19 @@ def name_of(case):
     ],
 )
 def test_sharded_equals_one_process(sharded, part, case):
-    head, config, args, *_ = case
-    expected = run(head, 16, 1, make_any_model(head, **config), **args)
+    head, config, option, *_ = case
+    expected = run(head, 16, 1, HEADS[head].model(TINY, **config), option=option)
     (found,) = [result for ran, result in sharded(part) if ran == case]
     assert_same(found, expected)
-    assert found["fused"] == expected["fused"] == ("rdrop_fused_head" in args)
+    assert found["fused"] == expected["fused"] == ("fused head" in option)
 
 
 @pytest.mark.slow
 def test_bfloat16_of_the_configuration(tmp_path):
     """As it is shipped: within the rounding of bfloat16 of float32 on one process."""
     found = launch("fsdp_worker.py", tmp_path / "found.pt", "quick", launcher=launcher("fsdp2.yaml"))
-    for (head, config, args, *_), result in found:
-        expected = run(head, 16, 1, make_any_model(head, **config), **args)
+    for (head, config, option, *_), result in found:
+        expected = run(head, 16, 1, HEADS[head].model(TINY, **config), option=option)
         assert result["fused"] == expected["fused"]
         for ours, theirs in zip(result["logs"], expected["logs"], strict=True):
             assert ours != theirs

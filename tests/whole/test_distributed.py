@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from hf_rdrop.dropout import draw_own_masks
-from support.distributed_worker import DDP_OPTIONS, PARTS, R_DROP, UNEVEN, run
+from support.distributed_worker import DDP_OPTIONS, PARTS, UNEVEN, run
 from support.processes import assert_same, launch
+from support.settings import arguments
 from support.training import InOrder
 
 
@@ -33,29 +34,29 @@ def parts(key, name=str):
 
 
 def name_of(case):
-    head, args, split = case
-    return "-".join([head, *(f"{name[6:]}={value}" for name, value in args.items()), "x".join(map(str, split))])
+    head, option, split = case
+    return "-".join([head, option, "x".join(map(str, split))])
 
 
 @pytest.mark.parametrize(("part", "case"), parts("cases", name_of))
 def test_two_processes_equal_one(ranks, part, case):
-    head, args, _ = case
-    expected = run(head, 16, 1, **args)
+    head, option, _ = case
+    expected = run(head, 16, 1, option=option)
     for rank in ranks(part):
         (found,) = [result for ran, result in rank["cases"] if ran == case]
         assert_same(found, expected)
-        assert found["fused"] == expected["fused"] == ("rdrop_fused_head" in args)
-    if args["rdrop_alpha"] and "rdrop_interval" not in args:
+        assert found["fused"] == expected["fused"] == ("fused head" in option)
+    if option != "plain" and "interval" not in option:
         assert all(kl > 1e-3 for _, _, kl, _ in expected["logs"])  # the passes differ
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("option", DDP_OPTIONS)
-def test_options_of_ddp_change_nothing(ranks, option):
-    found = [entry[1:] for entry in ranks("slow")[0]["options"] if entry[0] == option]
+@pytest.mark.parametrize("name", DDP_OPTIONS)
+def test_options_of_ddp_change_nothing(ranks, name):
+    found = [entry[1:] for entry in ranks("slow")[0]["options"] if entry[0] == name]
     assert len(found) == 2
-    for head, args, result in found:
-        assert_same(result, run(head, 16, 1, **args))
+    for head, option, result in found:
+        assert_same(result, run(head, 16, 1, option=option))
 
 
 @pytest.mark.parametrize(("part", "head"), parts("per rank"))
@@ -66,14 +67,14 @@ def test_without_averaging_tokens_across_devices_each_rank_is_a_mean_of_its_own(
     for result in found:
         rows = [row for step, rows, _ in result["seen"] if step == 0 for row in rows]
         assert len(rows) == 8
-        alone.append(run(head, 8, 1, rows=InOrder(rows), max_steps=1, **R_DROP))
+        alone.append(run(head, 8, 1, rows=InOrder(rows), max_steps=1))
     loss, ce, kl = (sum(result["logs"][0][i] for result in alone) / 2 for i in range(3))
     assert found[0]["logs"][0][:3] == pytest.approx([loss, ce, kl], rel=2e-5)
     first, second = (result["gradients"][0] for result in alone)
     limit = 2e-5 * max(float(gradient.abs().max()) for gradient in first.values())
     for name, gradient in found[0]["gradients"][0].items():
         torch.testing.assert_close(gradient, (first[name] + second[name]) / 2, rtol=0, atol=limit)
-    together = run(head, 16, 1, **R_DROP)["logs"][0][0]
+    together = run(head, 16, 1)["logs"][0][0]
     is_even = head in ("single", "multi", "regression")  # every row has as many items
     assert (abs(loss - together) < 1e-5 * loss) == is_even
 
@@ -92,7 +93,7 @@ def test_uneven_last_batches(ranks, part, name):
     ]
     different = {tuple(row["input_ids"]) for step in rows for row in step}
     assert (len(different), sum(map(len, rows))) == (13, UNEVEN[name][1])
-    expected = run("token", max(map(len, rows)), 1, rows=InOrder([*chain(*rows)]), max_steps=len(steps), **R_DROP)
+    expected = run("token", max(map(len, rows)), 1, rows=InOrder([*chain(*rows)]), max_steps=len(steps))
     assert_same(found[0], expected)
 
 
@@ -104,7 +105,7 @@ def test_logs_are_means_over_the_ranks(ranks):
         for step, (loss, ce, kl, _) in enumerate(one["logs"]):
             local = [sum(value for at, _, value in run["seen"] if at == step) for run in (one, other)]
             assert loss == pytest.approx(sum(local) / 2, rel=1e-5)
-            assert loss == pytest.approx(ce + case[1]["rdrop_alpha"] / 2 * kl, rel=1e-5)
+            assert loss == pytest.approx(ce + arguments(case[1])["rdrop_alpha"] / 2 * kl, rel=1e-5)
     losses = [{case[0]: result for case, result in rank["cases"]}["token"]["seen"][0][2] for rank in both]
     assert abs(losses[0] - losses[1]) > 1e-2  # so a mean is something else than the first rank's
 

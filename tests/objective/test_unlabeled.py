@@ -17,9 +17,11 @@ from transformers import (
 
 from hf_rdrop import RDropMixin, RDropTrainer, RDropTrainingArguments
 from hf_rdrop.objective.heads import ANSWER, items_to_compare
-from support.distributed_worker import TINY, hide_labels, make_any_model, make_any_rows, make_passes_differ, run
+from support import settings
+from support.distributed_worker import run
 from support.processes import assert_same
 from support.reference import torch_reference
+from support.settings import TINY, hide_labels, make_passes_differ
 from support.short_runs import ALPHA, refuse
 from support.training import InOrder, make_model, make_rows, step_logs, train
 
@@ -46,7 +48,7 @@ def quick(cases, *chosen):
 def make(head, dropout=0.3):
     if head not in ("answers", "image", "masked"):
         larger = {"initializer_range": 0.3} if head == "causal" else {}
-        return make_any_model(head.removesuffix("-ids"), dropout, **larger)
+        return settings.HEADS[head.removesuffix("-ids")].model(dropout, **larger)
     set_seed(0)
     rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout, "initializer_range": 0.3}
     if head == "image":
@@ -67,12 +69,12 @@ def rows_of(head, count=16):
             for i, row in enumerate(rows)
         ]
     if head == "masked":  # as from its collator: a part of the tokens
-        rows = make_any_rows("causal", count)
+        rows = settings.causal_rows(count)
         return [
             {**row, "labels": [x if (t + i) % 3 == 0 else -100 for t, x in enumerate(row["labels"])]}
             for i, row in enumerate(rows)
         ]
-    rows = make_any_rows("causal", count) if head == "causal" else make_rows(head.removesuffix("-ids"), count)
+    rows = settings.causal_rows(count) if head == "causal" else make_rows(head.removesuffix("-ids"), count)
     if head == "seq2seq-ids":
         rows = [{**r, "decoder_input_ids": [0, *(0 if x == -100 else x for x in r["labels"][:-1])]} for r in rows]
     return rows

@@ -143,7 +143,7 @@ def test_several_gpus_in_one_process(tmp_path):
     )
     trainer.args._n_gpu = 2
     with pytest.raises(ValueError, match="accelerate launch"):
-        trainer._begin_training()
+        trainer.check_setup()
 
 
 def test_sequence_parallelism(tmp_path):
@@ -154,7 +154,7 @@ def test_sequence_parallelism(tmp_path):
         parallelism_config=types.SimpleNamespace(cp_enabled=True, sp_enabled=False), unwrap_model=lambda model: model
     )
     with pytest.raises(ValueError, match="sequence parallelism"):
-        trainer._begin_training()
+        trainer.check_setup()
 
 
 def test_alpha_set_behind_the_arguments_back(tmp_path):

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from support.deepspeed_worker import CASES
-from support.distributed_worker import make_any_model, run
+from support.distributed_worker import run
 from support.processes import launch, launcher
+from support.settings import HEADS, TINY
 
 
 @pytest.mark.slow
@@ -18,11 +19,11 @@ def test_zero_equals_one_process(tmp_path, stage):
     how = launcher(f"deepspeed_zero{stage}.yaml", "--mixed_precision", "no")
     found = launch("deepspeed_worker.py", tmp_path / "found.pt", launcher=how, DS_ACCELERATOR="cpu")
     assert [case for case, _ in found] == CASES
-    for (head, config, args, _), result in found:
-        model = make_any_model(head, **config)
+    for (head, config, option, _), result in found:
+        model = HEADS[head].model(TINY, **config)
         before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-        expected = run(head, 16, 1, model, **args)
-        assert result["fused"] == expected["fused"] == ("rdrop_fused_head" in args)
+        expected = run(head, 16, 1, model, option=option)
+        assert result["fused"] == expected["fused"] == ("fused head" in option)
         assert len(result["logs"]) == 2
         for ours, theirs in zip(result["logs"], expected["logs"], strict=True):
             assert ours == pytest.approx(theirs, rel=2e-5, abs=1e-6)

@@ -178,45 +178,6 @@ def test_alpha_rises_and_the_log_lines_say_so(schedule, warmup, accumulation):
     assert "rdrop_alpha" not in step_logs(train(make_model("token", 0.2), "token"))[0]
 
 
-def unlike(outputs, inputs):
-    """Scores that differ between the passes without dropout, so that runs can be compared; and which items count."""
-    size = len(inputs["labels"])
-    logits = outputs["logits"] if "logits" in outputs else outputs[0]
-    scores = torch.cat((logits[:size], 1.5 * logits[size:]))
-    return scores, inputs["labels"] != -100
-
-
-@pytest.mark.parametrize(
-    "variant",
-    [
-        {"rdrop_agreement": "symmetric_kl"},
-        {"rdrop_agreement": "symmetric_kl + 0.5 * jensen_shannon"},
-        {"rdrop_alpha_schedule": "linear", "rdrop_alpha_warmup": 4},
-    ],
-)
-@pytest.mark.parametrize("head", ["single", "token", "seq2seq"])
-def test_it_does_not_matter_how_the_rows_are_divided(head, variant):
-    runs = [
-        train(
-            make_model(head, TINY),
-            head,
-            RDropSeq2SeqTrainer if head == "seq2seq" else RDropTrainer,
-            rows=make_rows(head, 16),
-            trainer_kwargs={"logits_for_agreement": unlike},
-            per_device_train_batch_size=size,
-            gradient_accumulation_steps=steps,
-            rdrop_alpha=3.0,
-            optim="sgd",
-            learning_rate=1e-2,
-            **variant,
-        )
-        for size, steps in ((16, 1), (4, 4))
-    ]
-    one, other = ([(e["loss"], e["kl_loss"], e["grad_norm"]) for e in step_logs(run)] for run in runs)
-    assert all(kl > 0.01 for _, kl, _ in one)
-    assert [x for entry in other for x in entry] == pytest.approx([x for entry in one for x in entry], rel=2e-5)
-
-
 def test_hidden_states_that_a_model_does_not_return_are_an_error():
     class Bare(torch.nn.Module):
         def __init__(self):

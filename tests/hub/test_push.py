@@ -30,6 +30,7 @@ import run_ner
 import run_translation
 from hf_rdrop import RDropSeq2SeqTrainer, RDropSeq2SeqTrainingArguments, RDropTrainer, RDropTrainingArguments
 from support import script_data as made
+from support.faults import push_and_wait, start, wait_for
 from support.hub_server import Hub, environment, use_hub
 from support.training import make_collator, make_model, make_rows
 
@@ -51,10 +52,10 @@ def hub(home, monkeypatch):
         yield hub
 
 
-def build(folder, head="single", model=None, callbacks=None, tokenizer=None, **args):
+def build(folder, head="single", model=None, callbacks=None, tokenizer=None, trainer_class=None, **args):
     """A trainer that pushes to MODEL and has not trained yet: four steps, everything in `folder`."""
     seq2seq = head == "seq2seq"
-    trainer_class = RDropSeq2SeqTrainer if seq2seq else RDropTrainer
+    trainer_class = trainer_class or (RDropSeq2SeqTrainer if seq2seq else RDropTrainer)
     defaults = {
         "output_dir": str(folder),
         "max_steps": 4,
@@ -505,6 +506,43 @@ def test_a_checkpoint_that_is_deleted_here_still_arrives(hub, tmp_path):
     for step in range(1, 5):
         assert json.loads(files[f"checkpoint-{step}/trainer_state.json"])["global_step"] == step
         assert f"checkpoint-{step}/model.safetensors" in files
+
+
+class FailingCard(RDropTrainer):
+    """Fails on the way to the upload."""
+
+    error: Exception
+
+    def create_model_card(self, *args, **kwargs):
+        raise self.error
+
+
+def test_only_network_errors_are_explained(hub, tmp_path):
+    trainer = build(tmp_path / "out", trainer_class=FailingCard)
+    out_of_memory = torch.cuda.OutOfMemoryError("memory")
+    for error, raised, message in (
+        (ConnectionError("refused"), OSError, r"upload to the Hub failed\..* push again\. Check the network"),
+        (KeyError("a bug"), KeyError, "^'a bug'$"),
+        (out_of_memory, torch.cuda.OutOfMemoryError, "^memory$"),
+    ):
+        trainer.error = error
+        with pytest.raises(raised, match=message):
+            trainer.push_to_hub()
+        assert not folders_left(tmp_path / "out")
+
+
+def test_copies_for_uploads_that_died_are_removed(hub, home, tmp_path):
+    """When the next trainer of that folder is made; those of a process that lives stay."""
+    out = tmp_path / "out"
+    process = start(push_and_wait, tmp_path / "log", out, hub.url, hub.token, home / "cache")
+    wait_for(lambda: any(out.glob("_upload-*/_lock")), process)
+    (out / "_upload-mine").mkdir()  # not known to be ours
+    build(out)
+    assert len(list(out.glob("_upload-*"))) == 2  # it lives
+    process.kill()
+    process.join()
+    build(out)
+    assert [path.name for path in out.glob("_upload-*")] == ["_upload-mine"]
 
 
 @contextmanager
