@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from ..fused.head import FusedHead, choose_fused_head, find_head
+from ..fused.head import FusedHead, choose_fused_head, find_output_embeddings
 from ..objective.batch_layout import BatchLayout
 from ..objective.batch_loss import BatchLoss, Objective
 from ..objective.heads import find_logits
@@ -81,7 +81,7 @@ class TrainingRun:
         self._measured, labels = True, inputs.get("labels")
         if not isinstance(labels, Tensor) or labels.dim() != 2 or labels.is_floating_point():
             return
-        if find_head(self.model) is None or getattr(self.model, "is_quantized", False):
+        if find_output_embeddings(self.model) is None or getattr(self.model, "is_quantized", False):
             return  # (An evaluation-mode forward repacks 4-bit weights for inference.)
         try:
             shifts = measure_shift(self.model, getattr(model, "_orig_mod", model), inputs, labels)
