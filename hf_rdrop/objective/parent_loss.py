@@ -77,7 +77,7 @@ def _recorded_outputs(model: nn.Module | None) -> Iterator[list[Any]]:
 
 
 def check_repeated_loss(parent: ParentLoss, model: nn.Module, inputs: Mapping[str, Any], repeated: Any) -> None:
-    """Raise a ValueError for a loss of ``[x; x]`` that is not that of x with dropout off: a sum, or one that pairs rows.
+    """Raise a ValueError for a loss of ``[x; x]`` that is not that of x with dropout off: sums, pairs of rows.
 
     Three forwards without gradient, which draw no random number that counts. A loss that draws some itself is let be.
     """

@@ -18,7 +18,14 @@ from ..sub_models import SubModels
 from ..training_args import REMOVED, check_removed
 from ..trunk.check import check_shared_trunk
 from ..trunk.shared import SharedTrunk
-from .checks import check_batch, check_head, check_loss_of_labelled_rows, check_parallelism, check_stochastic
+from .checks import (
+    check_batch,
+    check_head,
+    check_loss_of_labelled_rows,
+    check_parallelism,
+    check_passes_differ,
+    check_stochastic,
+)
 from .first_batch import check_labels_of_head, describe_cost, show
 from .item_counts import ItemCounts
 from .settings import RunFacts, Settings, StepPlan
@@ -62,7 +69,7 @@ class TrainingRun:
         self.trunk: SharedTrunk | None = None
         self.fused_head: FusedHead | None = None
         self._sub_models: SubModels | None = None
-        self._prepared = self._tried_out = self._measured = False
+        self._prepared = self._tried_out = self._measured = self._compared = False
         self.items = ItemCounts(layout, unlabeled=False)
         self.read(Settings.of(args))
 
@@ -173,6 +180,15 @@ class TrainingRun:
             self.try_out(model, inputs, labels)
         if self.trunk is not None:
             self.trunk.start(plan.passes)
+        found = self._terms(model, inputs, labels, plan, return_outputs)
+        if plan.compares and not self._compared and not self.objective.with_hidden:
+            self._compared = True
+            check_passes_differ(self.model, found.divergence, self.items.compared(inputs))
+        return found
+
+    def _terms(
+        self, model: nn.Module, inputs: dict[str, Any], labels: Tensor | None, plan: StepPlan, return_outputs: bool
+    ) -> BatchLoss:
         if self.fused_head is not None and not return_outputs:
             loss, ce, kl = self.fused_head.loss(
                 model,
