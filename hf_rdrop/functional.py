@@ -103,9 +103,11 @@ class _SoftmaxAgreement(torch.autograd.Function):
             block = slice(start, start + step)
             log_p = torch.log_softmax(logits[:, block], dim=-1, dtype=dtype)
             p = log_p.exp()
-            v = p - p.mean(0)
-            # -inf in every pass: such a class has p = 0 everywhere and agrees, so its nan (-inf + inf) counts as 0.
+            mean = p.mean(0)
+            v = p - mean
+            # A class with p = 0 in every pass agrees: -inf, or finfo.min (some models mask by it), whose mean overflows.
             u = log_p.sub_(log_p.mean(0)).nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+            u.masked_fill_(mean == 0, 0)
             w = weight[block] / (passes - 1)
             # `where` and not a product: an ignored row may hold inf or nan
             value += torch.where(w > 0, (u * v).sum(dim=(0, 2)), 0).mul_(w).sum()

@@ -17,7 +17,8 @@ from .objective.batch_layout import BatchLayout
 from .objective.heads import without_answers
 from .objective.parent_loss import ParentLoss
 from .sub_models import SubModels
-from .training.checks import check_bases, check_was_called
+from .training.checks import check_bases, check_scale, check_was_called
+from .training.first_batch import labels_explained
 from .training.loss_log import LossLog, log_fields, warn_of_inert
 from .training.run import TrainingRun
 from .training.settings import Settings
@@ -86,6 +87,7 @@ class RDropMixin(CleanPushMixin, ResumeMixin, _AnyTrainer):
     compute_loss_func: Callable[..., Tensor] | None
     _run: TrainingRun | None = None  # read it through `rdrop_run`, which keeps it up to date
     _unwrapped: tuple[Any, nn.Module] | None = None
+    _calls: list[Tensor] | None = None  # loss, CE and KL of each `compute_loss` of a `training_step`
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -122,24 +124,27 @@ class RDropMixin(CleanPushMixin, ResumeMixin, _AnyTrainer):
         inputs = without_answers(inputs, run.model)
         if not model.training:
             # A copy, because the Trainer pops the labels off the dict when it smooths them.
-            found: Any = super().compute_loss(model, dict(inputs), return_outputs, num_items_in_batch=None)
+            with labels_explained(run.model, run.layout.labels(inputs)):
+                found: Any = super().compute_loss(
+                    model, dict(inputs), return_outputs=return_outputs, num_items_in_batch=None
+                )
             loss, outputs = found if return_outputs else (found, None)
             if (count := run.items.labelled(inputs)) is not None:
                 loss = torch.where(count > 0, loss, 0)  # as in training: not nan for rows without a valid item
             return (loss, outputs) if return_outputs else loss
 
-        plan = run.settings.plan(state.global_step, state.max_steps)
-        terms = run.loss(model, inputs, plan, return_outputs)
-        ce, kl, count = terms.ce, terms.divergence, run.items.labelled(inputs)
-        if count is not None and terms.fused is None:
-            ce = torch.where(count > 0, ce, 0)  # the mean over no item is 0 and not nan
-
+        plan, count = run.settings.plan(state.global_step, state.max_steps), run.items.labelled(inputs)
         # Accumulation. Both terms are means over this batch, and the optimizer step's are means over all its items, so
         # each batch counts by its items, here and nowhere else: the parent was not told of the step's count. With
         # `average_tokens_across_devices` that count is of all ranks, whose gradients are then averaged: times ranks.
         ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         accumulated = getattr(self, "current_gradient_accumulation_steps", 1)
         weights = run.items.shares(inputs, count, num_items_in_batch, ranks, accumulated)
+        with labels_explained(run.model, run.layout.labels(inputs)):
+            terms = run.loss(model, inputs, plan, return_outputs)
+        ce, kl = terms.ce, terms.divergence
+        if count is not None and terms.fused is None:
+            ce = torch.where(count > 0, ce, 0)  # the mean over no item is 0 and not nan
         # Without a count, the Trainer's `training_step` divides by the accumulation steps itself.
         divided = num_items_in_batch is not None or self.compute_loss_func is not None
         w = weights if divided else (1, 1)
@@ -147,16 +152,26 @@ class RDropMixin(CleanPushMixin, ResumeMixin, _AnyTrainer):
 
         ce, kl = ce.detach() * weights[0], kl.detach() * weights[1]
         parts = torch.stack((ce + plan.alpha / 2 * kl, ce, kl))
-        self._log.add(state.global_step, parts, plan.compares, self.args.logging_nan_inf_filter)
+        if self._calls is not None:
+            self._calls.append(parts)
+        elif not self.is_in_train:  # else it is an evaluation in training mode, as Monte Carlo dropout
+            self._log.add(state.global_step, parts, plan.compares, self.args.logging_nan_inf_filter)
         return (loss, terms.outputs) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        outer, self._calls = self._calls, []
         try:
             loss = super().training_step(*args, **kwargs)
         finally:
-            if self._run is not None:
-                self._run.stop()
-        check_was_called(type(self), self._log)
+            calls, self._calls = self._calls, outer
+            self.rdrop_run.stop()
+        check_was_called(type(self), calls)
+        # A parent may compute several losses (adversarial training): the one that it returns is the one that counts.
+        parts = calls[0] if len(calls) == 1 else torch.stack(calls)[_nearest(calls, loss)]
+        if self._log.is_fresh:
+            check_scale(type(self), parts[0], loss, getattr(self, "current_gradient_accumulation_steps", 1))
+        compares = self.rdrop_run.settings.plan(self.state.global_step, self.state.max_steps).compares
+        self._log.add(self.state.global_step, parts, compares, self.args.logging_nan_inf_filter)
         return loss
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
@@ -164,6 +179,8 @@ class RDropMixin(CleanPushMixin, ResumeMixin, _AnyTrainer):
 
         (In place of the base class's count, which does not know what each head's own loss averages over.)
         """
+        if batch_samples and self.model_wrapped.training:
+            self.rdrop_run.measure(self.model_wrapped, self._prepare_inputs(batch_samples[0]))
         across = self.args.average_tokens_across_devices and self.args.world_size > 1
         return self.rdrop_run.items.of_step(batch_samples, device, self.accelerator.gather if across else None)
 
@@ -291,6 +308,10 @@ class RDropMixin(CleanPushMixin, ResumeMixin, _AnyTrainer):
         if self.is_world_process_zero():
             base_card, facts = super().create_model_card, self.rdrop_run.facts()
             write_card(self, base_card, args, kwargs, facts, comparison=comparison, consistency=consistency)
+
+
+def _nearest(calls: list[Tensor], loss: Tensor) -> Tensor:
+    return (torch.stack([parts[0] for parts in calls]) - loss).abs().argmin()  # on the device: no waiting for it
 
 
 class _RDropCallback(TrainerCallback):

@@ -175,6 +175,8 @@ def resolve_head(config: Any, logits: Tensor, labels: Tensor, passes: int, shift
     problem_type = getattr(config, "problem_type", None)
     per_class = labels.dim() > 0 and labels.shape == shape[:-1]
     one_score = labels.dim() == 1 and shape in ((len(labels),), (len(labels), 1))
+    if labels.shape == shape and problem_type == "single_label_classification":  # a distribution for each row
+        return Head(problem_type, None)
     if labels.shape == shape or one_score:
         if problem_type == "regression" or (problem_type is None and (one_score or shape[-1] == 1)):
             return Head("regression", None)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..dropout import dropout_off
 from .heads import Head
 
 
@@ -75,6 +76,28 @@ def _recorded_outputs(model: nn.Module | None) -> Iterator[list[Any]]:
         yield outputs
 
 
+def check_repeated_loss(parent: ParentLoss, model: nn.Module, inputs: Mapping[str, Any], repeated: Any) -> None:
+    """Raise a ValueError for a loss of ``[x; x]`` that is not that of x with dropout off: sums, pairs of rows.
+
+    Three forwards without gradient, which draw no random number that counts. A loss that draws some itself is let be.
+    """
+    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
+    with dropout_off(model), torch.no_grad(), torch.random.fork_rng(devices):
+        once, again = (parent.of(model, dict(inputs)).ce.float() for _ in range(2))
+        found = parent.of(model, dict(repeated)).ce.float()
+    if not torch.equal(once, again) or torch.isclose(found, once, rtol=2e-2, atol=1e-5):
+        return
+    kind = (
+        "a sum over the rows" if torch.isclose(found / once, (found / once).round(), rtol=1e-3) else "no mean of them"
+    )
+    raise ValueError(
+        f"R-Drop repeats each batch, and the loss of {parent.name or type(model).__name__} is not the same for a "
+        f"repeated batch with dropout off ({found:.4g} instead of {once:.4g}): it is {kind} (it may pair the rows of "
+        "a batch, or tell them from each other), so R-Drop would train something else. Use a loss that is a mean over "
+        "the rows, or set rdrop_alpha to 0."
+    )
+
+
 def check_gradient(loss: Tensor, logits: Tensor, name: str | None) -> None:
     """Raise a ValueError for a trained loss that is not trained through these logits."""
     if loss.requires_grad and not logits.requires_grad and name == "logits_for_agreement":
@@ -120,6 +143,9 @@ def check_comparison(config: Any, head: Head, logits: Tensor, labels: Tensor, pa
             reason = "its labels are all 0 or 1 and its loss is not their mean squared error"
     elif squared and not binary:
         reason = "its loss is the mean squared error of its scores"
+    elif not binary:
+        reason = "its loss is not the binary cross-entropy of its scores (for soft labels of one choice: "
+        reason += "problem_type 'single_label_classification')"
     elif ((targets < 0) | (targets > 1)).any():
         reason = "its labels are not between 0 and 1"
     if reason is not None:

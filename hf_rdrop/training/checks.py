@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
@@ -15,7 +16,6 @@ from ..loss import check_alpha
 from ..objective.batch_layout import BatchLayout
 from ..objective.heads import ANSWER, SUPPORTED_HEADS
 from ..sub_models.places import embeds_with_noise
-from .loss_log import LossLog
 
 #: Keys that collators of packed (padding-free) or sharded sequences add: their rows are not examples.
 PACKED_INPUTS = frozenset(
@@ -112,6 +112,22 @@ def check_stochastic(model: nn.Module, with_sub_models: bool = False, with_noise
         )
 
 
+def check_passes_differ(model: nn.Module, divergence: Tensor, items: Tensor | None) -> None:
+    """Refuse a model whose passes are equal on the first batch though its dropout rates should have made them differ.
+
+    (At rates of next to nothing, and with an adapter that begins as zeros, equal passes are what one expects.)
+    """
+    sources = [source for source in inspect_dropout(model) if source.rate >= 1e-3]
+    begins_as_zeros = any(p.requires_grad and p.dim() > 1 and not p.any() for p in model.parameters())
+    if sources and divergence == 0 and (items is None or items > 0) and not begins_as_zeros:
+        raise ValueError(
+            "The passes of the first batch are equal to the last digit, so R-Drop would do nothing for the price of a "
+            f"second pass: {type(model).__name__} does not use the dropout that it declares "
+            f"({describe_sources(sources)}). Put dropout into it with rdrop_insert_dropout=0.1 (leave rdrop_dropout "
+            "out) or rdrop_layer_drop=0.1, or set rdrop_alpha to 0."
+        )
+
+
 def check_batch(
     layout: BatchLayout, inputs: Mapping[str, Any], labels: Tensor | None, *, own_logits: bool, label_smoothing: float
 ) -> None:
@@ -128,6 +144,13 @@ def check_batch(
         raise ValueError(
             f"R-Drop needs `labels` in the batch to know which items count; it has: {', '.join(inputs)}. Check the "
             "data set's columns and `label_names`, or set rdrop_alpha to 0."
+        )
+    several = [name for name in layout.label_names if isinstance(inputs.get(name), Tensor)]
+    if len(several) > 1 and set(several) != set(ANSWER) and not own_logits:
+        raise ValueError(
+            f"The batch has several columns of labels ({', '.join(several)}), so the model has several heads, and "
+            "R-Drop would compare the first of them alone. Say what to compare with logits_for_agreement (the scores "
+            "of one head, or of several joined), or set rdrop_alpha to 0."
         )
     packed = PACKED_INPUTS.intersection(inputs)
     if packed or (layout.size(inputs) == 1 and "position_ids" in inputs and "attention_mask" not in inputs):
@@ -160,9 +183,20 @@ def check_loss_of_labelled_rows(reader: str | None) -> None:
         )
 
 
-def check_was_called(trainer_class: type, log: LossLog) -> None:
+def check_scale(trainer_class: type, ours: Tensor, returned: Tensor, accumulation: int) -> None:
+    """Refuse a `training_step` that divides the loss by the accumulation steps once more; waits for the device."""
+    if accumulation > 1 and torch.isclose(returned.float() * accumulation, ours.float(), rtol=1e-4) and ours != 0:
+        raise ValueError(
+            f"{trainer_class.__name__} divides the loss by its {accumulation} accumulation steps, and R-Drop's "
+            "compute_loss has divided it already, so the gradients would be as many times too small. Leave the "
+            "division out of training_step, and leave model_accepts_loss_kwargs and loss_is_scaled_for_ga as R-Drop "
+            "sets them."
+        )
+
+
+def check_was_called(trainer_class: type, calls: Sequence[Tensor]) -> None:
     """Refuse, before the optimizer's step, a subclass whose `compute_loss` has replaced R-Drop's."""
-    if log.is_empty:
+    if not calls:
         raise ValueError(
             f"{trainer_class.__name__} trains without R-Drop: a `compute_loss` of its own does not call "
             "super().compute_loss. Put your loss into a Trainer class below the mixin: class WithLoss(Trainer) with "

@@ -3,7 +3,8 @@
 import logging
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,7 +22,18 @@ logger = logging.getLogger(__name__)
 _CLASSIFIER = re.compile(r"For(Sequence|Token|Image|Video|Audio)Classification$")
 
 
-def check_labels_of_head(model: nn.Module, labels: Tensor) -> None:
+@contextmanager
+def labels_explained(model: nn.Module, labels: Tensor | None) -> Iterator[None]:
+    """Turn the index error of a loss into a refusal of its labels, where they are out of the head's range."""
+    try:
+        yield
+    except (IndexError, RuntimeError):
+        if labels is not None:
+            check_labels_of_head(model, labels, "a batch")
+        raise
+
+
+def check_labels_of_head(model: nn.Module, labels: Tensor, where: str = "the first batch") -> None:
     """Refuse a label that is neither a class of the model's head nor -100; it waits for the device.
 
     (Out of range, the loss fails with an index error from its depths, or on a GPU with an assertion that ends the
@@ -43,7 +55,7 @@ def check_labels_of_head(model: nn.Module, labels: Tensor) -> None:
     low, high = valid.min().item(), valid.max().item()
     if low < 0 or high >= classes:
         raise ValueError(
-            f"The labels of the first batch are from {low} to {high}, but {type(model).__name__} has {classes} "
+            f"The labels of {where} are from {low} to {high}, but {type(model).__name__} has {classes} "
             f"{kind}: a label is from 0 to {classes - 1}, or -100 where nothing is to be learned. Check the labels, "
             f"or {remedy}."
         )

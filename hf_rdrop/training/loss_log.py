@@ -31,7 +31,7 @@ class LossLog:
         self._sums: Tensor | None = _to_tensor(saved.get("sums"), device)
         self._since = saved.get("since", step)
         self._early: Tensor | None = _to_tensor(saved.get("early"), device)
-        self._watching = step < INERT_STEPS
+        self._watching, self._added = step < INERT_STEPS, False
 
     def state(self, gather: Callable[[Tensor], Tensor]) -> dict[str, Any]:
         """Give the sums, as means over all processes, in a form for JSON."""
@@ -39,9 +39,9 @@ class LossLog:
         return {"sums": sums, "since": self._since, "early": early}
 
     @property
-    def is_empty(self) -> bool:
-        """Whether nothing was added since the last log line."""
-        return self._sums is None
+    def is_fresh(self) -> bool:
+        """Whether nothing was ever added."""
+        return not self._added
 
     def add(self, step: int, parts: Tensor, compares: bool, skip_nan: bool) -> None:
         """Add one batch of the optimizer step after `step` steps.
@@ -52,6 +52,7 @@ class LossLog:
             compares: whether the batch had a divergence term.
             skip_nan: count the average so far instead of a nan or inf, as the Trainer does for `loss`.
         """
+        self._added = True
         if self._sums is None:
             self._sums, self._since = torch.zeros_like(parts, dtype=torch.float32), step
         if skip_nan:

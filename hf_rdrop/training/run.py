@@ -8,16 +8,24 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from ..fused.head import FusedHead, choose_fused_head
+from ..fused.head import FusedHead, choose_fused_head, find_output_embeddings
 from ..objective.batch_layout import BatchLayout
 from ..objective.batch_loss import BatchLoss, Objective
 from ..objective.heads import find_logits
-from ..objective.parent_loss import ParentLoss
+from ..objective.parent_loss import ParentLoss, check_repeated_loss
+from ..objective.scored import measure_shift
 from ..sub_models import SubModels
 from ..training_args import REMOVED, check_removed
 from ..trunk.check import check_shared_trunk
 from ..trunk.shared import SharedTrunk
-from .checks import check_batch, check_head, check_loss_of_labelled_rows, check_parallelism, check_stochastic
+from .checks import (
+    check_batch,
+    check_head,
+    check_loss_of_labelled_rows,
+    check_parallelism,
+    check_passes_differ,
+    check_stochastic,
+)
 from .first_batch import check_labels_of_head, describe_cost, show
 from .item_counts import ItemCounts
 from .settings import RunFacts, Settings, StepPlan
@@ -61,9 +69,36 @@ class TrainingRun:
         self.trunk: SharedTrunk | None = None
         self.fused_head: FusedHead | None = None
         self._sub_models: SubModels | None = None
-        self._prepared = self._tried_out = False
+        self._prepared = self._tried_out = self._measured = self._compared = False
         self.items = ItemCounts(layout, unlabeled=False)
         self.read(Settings.of(args))
+
+    def measure(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+        """Measure on the first batch which positions a language model's loss scores; its class only suggests it.
+
+        Args:
+            model: the model as training calls it.
+            inputs: the batch on the device, not repeated.
+
+        Raises:
+            ValueError: when alpha is above 0 and it cannot be known which predictions count.
+        """
+        if self._measured:
+            return
+        self._measured, labels = True, inputs.get("labels")
+        if not isinstance(labels, Tensor) or labels.dim() != 2 or labels.is_floating_point():
+            return
+        if find_output_embeddings(self.model) is None or getattr(self.model, "is_quantized", False):
+            return  # (An evaluation-mode forward repacks 4-bit weights for inference.)
+        try:
+            shifts = measure_shift(self.model, getattr(model, "_orig_mod", model), inputs, labels)
+        except ValueError:
+            if self.settings.alpha and self.logits_for_agreement is None and self.parent_loss.reader is None:
+                raise
+            return
+        if shifts is not None and shifts != self.layout.shifts_labels:
+            self.layout = self.items.layout = self.layout._replace(shifts_labels=shifts)
+            self.read(self.settings)
 
     def read(self, settings: Settings) -> None:
         """Take over settings that may have changed between steps; the trunk and the fused head stay as they are."""
@@ -133,6 +168,7 @@ class TrainingRun:
             plan: of the optimizer step.
             return_outputs: whether the outputs are asked for, so that no fused head can take their place.
         """
+        self.measure(model, inputs)
         labels = self.layout.labels(inputs)
         if self.settings.unlabeled and labels is not None and labels.is_floating_point():
             check_loss_of_labelled_rows(self.parent_loss.reader)
@@ -144,6 +180,15 @@ class TrainingRun:
             self.try_out(model, inputs, labels)
         if self.trunk is not None:
             self.trunk.start(plan.passes)
+        found = self._terms(model, inputs, labels, plan, return_outputs)
+        if plan.compares and not self._compared and not self.objective.with_hidden:
+            self._compared = True
+            check_passes_differ(self.model, found.divergence, self.items.compared(inputs))
+        return found
+
+    def _terms(
+        self, model: nn.Module, inputs: dict[str, Any], labels: Tensor | None, plan: StepPlan, return_outputs: bool
+    ) -> BatchLoss:
         if self.fused_head is not None and not return_outputs:
             loss, ce, kl = self.fused_head.loss(
                 model,
@@ -189,6 +234,9 @@ class TrainingRun:
         if labels is not None:
             check_labels_of_head(self.model, labels)
         model = getattr(model, "_orig_mod", model)  # nothing is compiled for the sake of a check
+        own_model = not type(self.model).__module__.startswith("transformers.")
+        if (self.parent_loss.reader or own_model) and not getattr(self.model, "is_quantized", False):
+            check_repeated_loss(self.parent_loss, model, inputs, self.layout.repeat(inputs, self.settings.passes))
         if self.trunk is not None:
             passes, size = self.settings.passes, self.layout.size(inputs)
             repeated = self.layout.repeat(inputs, passes)
