@@ -105,7 +105,7 @@ class _SoftmaxAgreement(torch.autograd.Function):
             p = log_p.exp()
             mean = p.mean(0)
             v = p - mean
-            # A class with p = 0 in every pass agrees: -inf, or finfo.min (some models mask by it), whose mean overflows.
+            # A class with p = 0 in every pass agrees: -inf, or finfo.min, by which some models mask, overflows.
             u = log_p.sub_(log_p.mean(0)).nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
             u.masked_fill_(mean == 0, 0)
             w = weight[block] / (passes - 1)
