@@ -52,18 +52,8 @@ _HOMES = {
     "training_args": ("RDropArguments", "RDropSeq2SeqTrainingArguments", "RDropTrainingArguments"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
-_MODULES = (
-    *_HOMES,
-    "agreements",
-    "batch",
-    "checkpoints",
-    "contrastive",
-    "cost",
-    "functional",
-    "fused",
-    "metrics",
-    "sigterm",
-)
+_MORE = "agreements batch checkpoints contrastive cost functional fused metrics sigterm"
+_MODULES = {*_HOMES, *_MORE.split(" ")}
 __all__ = ["__version__", *_HOME_OF]
 
 

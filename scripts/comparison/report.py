@@ -150,7 +150,7 @@ def _seeds(numbers: Sequence[int]) -> str:
 
 
 def _coverage(numbers: list[int]) -> tuple[int, float] | None:
-    """Return the fewest seeds with an interval and the share in percent that these cover at most; None above 5 seeds."""
+    """Return the fewest seeds with an interval, and the percentage that it covers at most; None above 5 seeds."""
     few = min((number for number in numbers if number >= MIN_SEEDS), default=6)
     return (few, 100 - 200 / 2**few) if few <= 5 else None
 
