@@ -185,7 +185,7 @@ def test_any_head_is_compared_or_refused(logits_shape, labels_shape, dtype, prob
     try:
         found = find_logits({"logits": logits}, rows)
         head = resolve_head(SimpleNamespace(problem_type=problem_type), found, labels, 2, shift)
-        value = head.agreement(found, 2)
+        value = head.divergence(found, 2)
     except ValueError as error:
         assert "R-Drop" in str(error)
         return
