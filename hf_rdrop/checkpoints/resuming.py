@@ -57,6 +57,7 @@ class ResumeMixin(_AnyTrainer):
 
     resume_option = OPTION  # how messages name a checkpoint to go on from
     _kept: KeptLog | None = None
+    _loading: str | None = None  # the checkpoint whose weights are being read
 
     def keep(self, log: KeptLog) -> None:
         """Save `log.state(...)` in every checkpoint from now on; `restore_sums` gives it back."""
@@ -67,6 +68,36 @@ class ResumeMixin(_AnyTrainer):
         folder = Path(str(self.args.output_dir))
         resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, folder, self.resume_option)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        self._loading = resume_from_checkpoint
+        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        self._loading = self.state.best_model_checkpoint
+        super()._load_best_model()
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Load weights under other names as `from_pretrained` does, or refuse them; Trainer only warns of them.
+
+        (transformers 5.23 writes ViT, AST and others under earlier releases' names, which its Trainer does not read.)
+        """
+        missing, unexpected = load_result.missing_keys, load_result.unexpected_keys
+        if not (missing and unexpected):
+            super()._issue_warnings_after_load(load_result)
+            return
+        model: Any = self.model
+        if self._loading is not None and hasattr(model, "from_pretrained"):
+            with torch.random.fork_rng():
+                found, told = type(model).from_pretrained(self._loading, output_loading_info=True)
+            if not told["missing_keys"] and not told["unexpected_keys"]:
+                model.load_state_dict(found.state_dict())
+                return
+        raise ValueError(
+            f"the checkpoint's weights have other names than the model's (it has {unexpected[0]}, but no "
+            f"{missing[0]}), so {len(missing)} of them would start fresh. It is of another model, or was saved by "
+            "transformers before 5.6, which cannot resume BERT: update transformers and start anew."
+        )
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         sampler = super()._get_train_sampler(*args, **kwargs)

@@ -114,16 +114,6 @@ class ScriptMixin:
         self.gather_function = self.accelerator.gather_for_metrics  # Seq2SeqTrainer sets one that keeps filling rows
         return super().evaluation_loop(*args, **kwargs)
 
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        missing, unexpected = load_result.missing_keys, load_result.unexpected_keys
-        if missing and unexpected:  # the Trainer would only warn
-            raise ValueError(
-                f"the checkpoint's weights have other names than the model's (it has {unexpected[0]}, but no "
-                f"{missing[0]}), so {len(missing)} of them would start fresh. It is of another model, or was saved by "
-                "transformers before 5.6, which cannot resume BERT: update transformers and start anew."
-            )
-        super()._issue_warnings_after_load(load_result)
-
     def run_training(self, checkpoint: str | None) -> dict[str, float]:
         """Train, save the model, and return the training metrics."""
         progress, stop = _RunProgress(), SaveOnSigterm(RESUME_OPTION)

@@ -48,6 +48,8 @@ RESUMED = [
     ("gpt2", "layer drop"),
     ("question", "unlabeled"),
     ("tuple", "default"),
+    ("image", "layer drop"),  # its weights are saved under other names than the model's
+    ("audio", "default"),
 ]
 
 
