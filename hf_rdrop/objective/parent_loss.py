@@ -155,11 +155,11 @@ def check_comparison(config: Any, head: Head, logits: Tensor, labels: Tensor, pa
             reason = "its labels are all 0 or 1 and its loss is not their mean squared error"
     elif squared and not binary:
         reason = "its loss is the mean squared error of its scores"
+    elif ((targets < 0) | (targets > 1)).any():
+        reason = "its labels are not between 0 and 1"
     elif not binary:
         reason = "its loss is not the binary cross-entropy of its scores (for soft labels of one choice: "
         reason += "problem_type 'single_label_classification')"
-    elif ((targets < 0) | (targets > 1)).any():
-        reason = "its labels are not between 0 and 1"
     if reason is not None:
         raise ValueError(
             f"R-Drop would compare the passes of this model as {head.problem_type}, by the shape of its scores and "
