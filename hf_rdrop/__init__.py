@@ -4,7 +4,7 @@ What lies on top of this package is public; every folder is one concern and says
 list, never up (tests/test_architecture.py):
 
 ==================  ====================================================================================
-`trainer`           `RDropTrainer`, `RDropSeq2SeqTrainer`, `RDropMixin`: wiring; where the loss is scaled
+`trainer`           `RDropTrainer`, `RDropSeq2SeqTrainer`, `RDropMixin`: wiring; the loss is scaled here
 `cards/`            the model card: metadata, facts, history, evidence, template
 `training/`         a run: settings, first batch, checks before it, item counts, the log of its losses
 `cost/`             what a step costs, predicted from the sizes of model and batch
@@ -17,13 +17,14 @@ list, never up (tests/test_architecture.py):
 `loss`              `RDropLoss` for loops without a Trainer
 `agreements`        the other divergences, and weighted sums of them
 `contrastive`       InfoNCE between passes
-`functional`        the symmetric KL divergence, value and gradient
+`functional`        the symmetric KL divergence, value and gradient (language models: `fused/blocks`)
 `batch`             [x; x] and back
 `dropout`           what is random in a model, and setting it
+`sigterm`           a checkpoint when the job is ended
 `checkpoints/`      damaged checkpoints found, exact resuming; knows no R-Drop
 `hub/`              uploads without tokens and paths; knows no R-Drop
-`sigterm`           a checkpoint when the job is ended
 `metrics/`          `evaluate` metrics that need no network
+`files`             writing a file at once; internal
 ==================  ====================================================================================
 
 Names are loaded when they are first used: `import hf_rdrop` costs nothing, `hf_rdrop.functional` needs torch alone.
@@ -51,7 +52,8 @@ _HOMES = {
     "training_args": ("RDropArguments", "RDropSeq2SeqTrainingArguments", "RDropTrainingArguments"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
-_MODULES = (*_HOMES, "agreements", "batch", "checkpoints", "contrastive", "cost", "functional", "fused", "metrics")
+_MORE = "agreements batch checkpoints contrastive cost functional fused metrics sigterm"
+_MODULES = {*_HOMES, *_MORE.split(" ")}
 __all__ = ["__version__", *_HOME_OF]
 
 

@@ -48,6 +48,8 @@ def _argument(default: Any, text: str, choices: Iterable[str] | None = None) -> 
 class RDropArguments:
     """Arguments that turn a `Trainer`'s objective into R-Drop's; mix in before a `TrainingArguments` class.
 
+    `training/settings.py` reads them: `Settings` has a field for each.
+
     ``loss = mean_j CE_j + rdrop_alpha / 2 * mean_{i<j} sKL(P_i, P_j)`` over `rdrop_passes` stochastic passes.
 
     Raises:

@@ -1,6 +1,7 @@
 """Settings of every test, and fixtures that tests of several folders use."""
 
 import gc
+import logging
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -31,6 +32,15 @@ def few_objects_to_search():
     tiny training while it searched all that was imported."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def library_is_quiet_again():
+    """A script that was run in this process has raised the level of the library's logger, which shows other lines."""
+    logger = logging.getLogger("hf_rdrop")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 @pytest.fixture(params=HEADS)

@@ -1,4 +1,4 @@
-"""What the tensors of a training batch are: its rows, its labels, and the items that count."""
+"""Read the batches of one model: `heads` and `batch` bound to its label names and configuration."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple

@@ -1,6 +1,7 @@
 """Refuse set-ups that cannot work before the first step: what is wrong, why it matters, what to change.
 
-Every check raises a ValueError (`check_bases` a TypeError).
+Every check raises a ValueError (`check_bases` a TypeError). `run` says when each is made. Shared layers are refused in
+`trunk/check`, the fused head in `fused/head`, damaged checkpoints in `checkpoints/integrity`.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Look at the first batch of a training run: are its labels right, and what will a step cost."""
+"""Look at the first batch for `TrainingRun.try_out`: are its labels right, and what will a step cost."""
 
 import logging
 import re

@@ -60,7 +60,7 @@ def plot_curves(runs: Sequence[Mapping[str, Any]], tasks: Sequence[str], arms: S
             axis.yaxis.set_minor_locator(NullLocator())
             axis.tick_params(labelsize=8)
             tidy(axis, "y")
-    for axis, label in zip(axes[:, 0], ("cross-entropy", "agreement (kl_loss)"), strict=True):
+    for axis, label in zip(axes[:, 0], ("cross-entropy", "divergence (kl_loss)"), strict=True):
         axis.set_ylabel(label, fontsize=9)
     ordered = [arm for arm in arms if arm in handles]
     entry = 0.6 + 0.07 * max(map(len, ordered))  # inches

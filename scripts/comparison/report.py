@@ -120,7 +120,6 @@ def _how_to_read(report: Report) -> list[str]:
     numbers = sorted({len(row.scores) for row in report.rows})
     if not numbers:
         return []
-    with_interval = [number for number in numbers if number >= MIN_SEEDS]
     lines = [
         f"- {_seeds(numbers)} for each task and arm. A gain is the mean of the differences to the run of the "
         "baseline with the same seed (the same data order, and the same initial weights where they are drawn). Losses "
@@ -129,9 +128,9 @@ def _how_to_read(report: Report) -> list[str]:
         "and these settings. It does not contain what another validation set or another choice of settings would "
         f"change. It needs {MIN_SEEDS} seeds and differences that are not all equal.",
     ]
-    if with_interval and (few := with_interval[0]) <= 5:
+    if coverage := _coverage(numbers):
         lines.append(
-            f"- It cannot go beyond the differences seen: with {few} seeds at most {100 - 200 / 2**few:.3g}% of such "
+            f"- It cannot go beyond the differences seen: with {coverage[0]} seeds at most {coverage[1]:.3g}% of such "
             "intervals contain the true mean, if differences are spread evenly around it, and not 95%."
         )
     lines += [
@@ -150,6 +149,12 @@ def _seeds(numbers: Sequence[int]) -> str:
     return f"{fewest} seed{'s' * (most > 1)}" if fewest == most else f"{fewest} to {most} seeds"
 
 
+def _coverage(numbers: list[int]) -> tuple[int, float] | None:
+    """Return the fewest seeds with an interval, and the percentage that it covers at most; None above 5 seeds."""
+    few = min((number for number in numbers if number >= MIN_SEEDS), default=6)
+    return (few, 100 - 200 / 2**few) if few <= 5 else None
+
+
 # ---- Other forms ----
 
 
@@ -157,7 +162,10 @@ def terminal_table(report: Report) -> Table:
     """Scores and gains for a terminal of 80 columns."""
     numbers = sorted({len(row.scores) for row in report.rows})
     title = f"mean ± std over {_seeds(numbers)}; gain over the baseline, paired" if numbers else "no score"
-    table = Table(box=box.SIMPLE_HEAD, title=title, padding=(0, 1, 0, 0))
+    caption = None
+    if coverage := _coverage(numbers):
+        caption = f"from {coverage[0]} seeds the intervals hold the true mean in at most {coverage[1]:.3g}% of cases"
+    table = Table(box=box.SIMPLE_HEAD, title=title, caption=caption, padding=(0, 1, 0, 0))
     table.add_column("arm", overflow="fold")
     for name in ("score", "gain [95%]", "p (Holm)", "time"):
         table.add_column(name, no_wrap=True)
