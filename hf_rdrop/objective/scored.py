@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..batch import first_rows
 from ..dropout import dropout_off
@@ -79,6 +80,7 @@ def _least(found: int, device: torch.device) -> int:
 def _gradient_of_logits(model: Any, wrapped: nn.Module, rows: Mapping[str, Any]) -> Tensor | None:
     """Take the gradient of the model's loss by what its head puts out; None where that is not to be had."""
     outputs: list[Tensor] = []
+    found: list[Any] = []
 
     def leaf(head: nn.Module, args: Any, output: Tensor) -> Tensor:
         torch.set_grad_enabled(True)  # from here to the loss; before the head there is no graph
@@ -86,14 +88,18 @@ def _gradient_of_logits(model: Any, wrapped: nn.Module, rows: Mapping[str, Any])
         return outputs[-1]
 
     def end(module: nn.Module, args: Any, output: Any) -> None:
-        torch.set_grad_enabled(False)  # before DDP looks whether a backward pass will come
+        torch.set_grad_enabled(False)  # before DDP looks whether a backward pass will come, and takes the graph away
+        found.append(output)
 
-    hooks = [model.get_output_embeddings().register_forward_hook(leaf), model.register_forward_hook(end)]
+    inner = wrapped.module if isinstance(wrapped, DistributedDataParallel) else wrapped
+    hooks = [model.get_output_embeddings().register_forward_hook(leaf)]
+    # Whichever ends first: adapters call no hook of the model. Before FSDP's own, which look for a backward pass too.
+    hooks += [module.register_forward_hook(end, prepend=True) for module in (model, inner)]
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
     try:
         with dropout_off(model), torch.no_grad(), torch.random.fork_rng(devices):
-            found = wrapped(**rows)
-        loss = found["loss"] if isinstance(found, Mapping) else found[0]
+            wrapped(**rows)
+        loss = found[0]["loss"] if isinstance(found[0], Mapping) else found[0][0]
         if len(outputs) != 1 or not loss.requires_grad:
             return None
         return torch.autograd.grad(loss, outputs[0], allow_unused=True)[0]
