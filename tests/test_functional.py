@@ -209,3 +209,20 @@ def test_masks_of_other_shapes_are_refused_and_no_classes_are_no_disagreement():
         with pytest.raises(ValueError, match=r"mask has shape \(3,\).*\(4, 3\)"):
             function(torch.zeros(2, 4, 3), torch.ones(3))  # would have been spread over the rows
     assert softmax_agreement(torch.zeros(2, 4, 0)) == 0
+
+
+@pytest.mark.parametrize("low", [torch.finfo(torch.float32).min, torch.finfo(torch.float32).min / 2, -1e30])
+@pytest.mark.parametrize("passes", [2, 3])
+def test_masking_by_a_very_low_score_is_as_by_minus_infinity(low, passes):
+    """As Splinter masks positions; the mean of two such scores is out of the range of float32."""
+    logits = draw(passes, 3, 5, dtype=torch.float32)
+    kept = logits[..., :4].double().requires_grad_()
+    expected = torch_reference(kept, torch.tensor([0, 1, 2]), 1.0, "single_label_classification")[2]
+    expected.backward()
+    logits[..., 4] = low
+    logits.requires_grad_()
+    value = softmax_agreement(logits)
+    value.backward()
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(logits.grad[..., :4].double(), kept.grad, rtol=1e-4, atol=1e-6)
+    assert torch.all(logits.grad[..., 4] == 0)

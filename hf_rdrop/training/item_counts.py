@@ -49,8 +49,10 @@ class ItemCounts:
             gather: stacks a tensor `[1, ...]` of every process; None to count this process alone.
 
         Returns:
-            Scalar; None when a batch has no labels.
+            Scalar; None when a batch has no labels, or is not prepared yet.
         """
+        if not all(isinstance(batch, Mapping) for batch in batches):  # lists of rows until `_prepare_inputs`
+            return None
         counters = [self.labelled, self.compared] if self.unlabeled else [self.labelled]
         counts = [[count(batch) for batch in batches] for count in counters]
         if not batches or any(count is None for kind in counts for count in kind):

@@ -429,3 +429,103 @@ def test_a_training_step_never_holds_the_full_logits():
         loss_and_gradients(trainer, batch)  # the checks of the first batch are done
         peaks[mode] = peak_bytes(lambda trainer=trainer: loss_and_gradients(trainer, batch), torch.device("cpu"))
     assert peaks["on"] < 4 * 2 * 16 * 64 * 8000 < peaks["off"] / 2
+
+
+# ---- what a try-out must see ----
+
+
+class BiasOutside(transformers.BertForMaskedLM):
+    """Adds a bias of its own, zero at first, to what its head puts out."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.get_output_embeddings().bias = None
+        self.extra = torch.nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, input_ids=None, attention_mask=None, labels=None):
+        output = super().forward(input_ids=input_ids, attention_mask=attention_mask)
+        output["logits"] = output.logits + self.extra
+        if labels is not None:
+            output["loss"] = torch.nn.functional.cross_entropy(output.logits.flatten(0, 1), labels.flatten())
+        return output
+
+
+def make_esm():
+    return make_lm("masked", "esm", hidden_dropout_prob=0.3, mask_token_id=3, position_embedding_type="absolute")
+
+
+def make_bias_outside():
+    transformers.set_seed(0)
+    return BiasOutside(transformers.BertConfig(**SIZES))
+
+
+@pytest.mark.parametrize("make", [make_esm, make_bias_outside])
+def test_a_bias_outside_the_head_is_seen_though_it_is_zero(make, caplog, monkeypatch):
+    """Loss and gradients are those of the full logits, and the bias is zero again after the try-out."""
+    monkeypatch.setattr("hf_rdrop.fused.head.MIN_VOCAB_SIZE", 1)
+    model, batch = make(), make_batch("masked")
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    plain = loss_and_gradients(make_trainer(copy.deepcopy(model), rdrop_fused_head="off"), batch)
+    with caplog.at_level(logging.WARNING, "hf_rdrop"):
+        auto = loss_and_gradients(make_trainer(model, rdrop_fused_head="auto"), batch)
+    assert_same(auto, plain, rtol=0, atol=0)
+    assert "changes what comes out of it" in caplog.text
+    assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
+
+
+AUXILIARY = {
+    "mixtral": lambda: make_lm("causal", "mixtral", router_aux_loss_coef=1e-6, **MIXTRAL),
+    "qwen2-moe": lambda: make_lm(
+        "causal",
+        "qwen2_moe",
+        **{"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "num_key_value_heads": 2},
+        **{"shared_expert_intermediate_size": 8, "output_router_logits": True, "attention_dropout": 0.2},
+        **{"router_aux_loss_coef": 1e-6, "decoder_sparse_step": 1},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", AUXILIARY)
+def test_an_auxiliary_loss_is_kept_however_small(case, caplog, monkeypatch):
+    monkeypatch.setattr("hf_rdrop.fused.head.MIN_VOCAB_SIZE", 1)
+    model, batch = AUXILIARY[case](), make_batch("causal")
+    plain = loss_and_gradients(make_trainer(copy.deepcopy(model), rdrop_fused_head="off"), batch)
+    with caplog.at_level(logging.WARNING, "hf_rdrop"):
+        trainer = make_trainer(model, rdrop_fused_head="auto")
+        assert_same(loss_and_gradients(trainer, batch), plain, rtol=0, atol=0)
+    assert trainer.rdrop_run.fused_head is None and "an auxiliary loss" in caplog.text
+
+
+WHISPER = {**SEQ2SEQ_SIZES, "num_mel_bins": 4, "max_source_positions": 8, "max_target_positions": 16}
+OWN_DECODER_INPUTS = {
+    "m2m_100": lambda: make_lm("seq2seq", "m2m_100"),
+    "blenderbot": lambda: make_lm("seq2seq", "blenderbot"),
+    "blenderbot-small": lambda: make_lm("seq2seq", "blenderbot-small"),
+    "whisper": lambda: transformers.WhisperForConditionalGeneration(
+        transformers.WhisperConfig(**WHISPER, dropout=0.1)
+    ),
+}
+
+
+def batch_for(case):
+    batch = make_batch("seq2seq")
+    if case == "whisper":
+        batch = {"input_features": torch.randn(4, 4, 16, generator=torch.manual_seed(0)), "labels": batch["labels"]}
+    return batch
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("case", OWN_DECODER_INPUTS)
+def test_models_that_make_their_decoder_inputs_in_their_forward(case, given):
+    """Given in the batch, or made of the labels as the model does it."""
+    torch.manual_seed(0)
+    model, batch = OWN_DECODER_INPUTS[case](), batch_for(case)
+    if given:
+        labels = batch["labels"].masked_fill(batch["labels"] == -100, 0)
+        batch["decoder_input_ids"] = torch.nn.functional.pad(labels[:, :-1], (1, 0), value=2)
+    outcomes = []
+    for mode in ("off", "on"):
+        trainer = make_trainer(copy.deepcopy(model), "seq2seq", rdrop_fused_head=mode)
+        outcomes.append(loss_and_gradients(trainer, batch))
+        assert (trainer.rdrop_run.fused_head is not None) == (mode == "on")
+    assert_same(outcomes[1], outcomes[0])

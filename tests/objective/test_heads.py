@@ -17,7 +17,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_rdrop import RDropTrainer, RDropTrainingArguments, measure_consistency
+from hf_rdrop import RDropMixin, RDropTrainer, RDropTrainingArguments, measure_consistency
 from hf_rdrop.batch import repeat_batch
 from hf_rdrop.objective.heads import find_labels, find_logits
 from support.head_models import ANSWERS, SIZES, TOKENS, build, rates, rows_of
@@ -626,3 +626,55 @@ def test_a_subclass_and_plain_training_arguments_take_it(tmp_path):
     trainer = Own(model, args, default_data_collator, logits_for_agreement=topics)  # beside positional arguments
     assert trainer.compute_loss(model, default_data_collator(two_rows(6))).requires_grad
     assert make_model("single").config.problem_type is None
+
+
+# ---- soft labels ----
+
+
+class SoftLabels(Trainer):
+    """A cross-entropy against a distribution for each row."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        loss = F.cross_entropy(outputs.logits, labels)
+        return (loss, outputs) if return_outputs else loss
+
+
+class RDropSoftLabels(RDropMixin, SoftLabels):
+    pass
+
+
+def test_one_hot_rows_are_the_classes(tmp_path):
+    rows, found = make_rows("single", 16), []
+    soft = [{**row, "labels": [float(row["labels"] == c) for c in range(3)]} for row in rows]
+    for data, trainer_class in ((rows, RDropTrainer), (soft, RDropSoftLabels)):
+        model = make_model("single", 0.3)
+        model.config.problem_type = "single_label_classification"
+        trainer = make_trainer(model, tmp_path, data, trainer_class)
+        trainer.train()
+        found.append(step_logs(trainer))
+    for first, second in zip(*found, strict=True):
+        assert first["kl_loss"] > 1e-3
+        for key in ("loss", "ce_loss", "kl_loss", "grad_norm"):
+            assert second[key] == pytest.approx(first[key], rel=1e-4)
+
+
+def test_distributions_of_a_teacher_are_compared_by_the_softmax(tmp_path):
+    model, batch = make_model("single", 0.3), default_data_collator(make_rows("single", 6))
+    model.config.problem_type = "single_label_classification"
+    batch["labels"] = torch.rand(6, 3, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    trainer, seen = make_trainer(model, tmp_path, trainer_class=RDropSoftLabels, rdrop_alpha=2.0), []
+    model.register_forward_hook(lambda module, args, output: seen.append(output.logits))
+    loss = trainer.compute_loss(model.train(), batch)
+    p, q = seen[-1].double().log_softmax(-1).chunk(2)
+    ce = -(batch["labels"] * (p + q)).sum(-1).mean() / 2
+    kl = 0.5 * ((p.exp() - q.exp()) * (p - q)).sum(-1).mean()
+    assert loss.item() == pytest.approx((ce + kl).item(), rel=1e-5) and kl > 1e-3
+
+
+@pytest.mark.parametrize("kind", [1.0, 0.5])
+def test_soft_labels_without_a_problem_type_are_refused(kind, tmp_path):
+    rows = [{**row, "labels": [kind, 1 - kind, 0.0]} for row in make_rows("single", 16)]
+    with pytest.raises(ValueError, match=r"not the binary cross-entropy.*'single_label_classification'"):
+        make_trainer(make_model("single", 0.3), tmp_path, rows, RDropSoftLabels).train()

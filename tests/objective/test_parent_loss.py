@@ -1,7 +1,9 @@
 """The losses of other Trainers and modules under R-Drop: trained as they are, or refused with what to change."""
 
 import contextlib
+import random
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -217,3 +219,158 @@ def test_labels_that_are_no_class_of_the_head(head, label, message, fused):
     rows = make_rows(head, 16)
     rows[7]["labels"] = label if head == "single" else [label, *rows[7]["labels"][1:]]
     refuse(make_model(head), message, head, rows=rows, rdrop_fused_head=fused)
+
+
+# ---- the loss of [x; x] is that of x ----
+
+
+def cross_entropy(logits, inputs, model):
+    return F.cross_entropy(logits, inputs["labels"], reduction="none")
+
+
+def noisy(logits, inputs, model):
+    """R3F: divergence to a pass with noise on the embeddings."""
+    embedded = model.get_input_embeddings()(inputs["input_ids"])
+    mask = inputs["attention_mask"]
+    other = model(inputs_embeds=embedded + 0.1 * torch.randn_like(embedded), attention_mask=mask).logits
+    p, q = logits.log_softmax(-1), other.log_softmax(-1)
+    return cross_entropy(logits, inputs, model).mean() + ((p.exp() - q.exp()) * (p - q)).sum(-1).mean()
+
+
+def adversarial(logits, inputs, model):
+    """SMART and its like take a gradient inside the loss."""
+    embedded = model.get_input_embeddings()(inputs["input_ids"]).detach().requires_grad_()
+    kept = model(inputs_embeds=embedded, attention_mask=inputs["attention_mask"]).logits
+    slope = torch.autograd.grad(cross_entropy(kept, inputs, model).mean(), embedded)[0]
+    moved = model(inputs_embeds=embedded + 0.1 * slope.sign(), attention_mask=inputs["attention_mask"]).logits
+    return (cross_entropy(logits, inputs, model) + cross_entropy(moved, inputs, model)).mean()
+
+
+def mixed(logits, inputs, model):
+    """Draws from numpy and from Python."""
+    share = np.random.beta(1.0, 1.0) * random.random()
+    return share * cross_entropy(logits, inputs, model).mean()
+
+
+def focal(logits, inputs, model):
+    ce = cross_entropy(logits, inputs, model)
+    return ((1 - torch.exp(-ce)) ** 2 * ce).mean()
+
+
+def weighted_rows(logits, inputs, model):
+    weights = inputs["attention_mask"].sum(-1).float()
+    return (cross_entropy(logits, inputs, model) * weights).sum() / weights.sum()
+
+
+def smoothed(logits, inputs, model):
+    return F.cross_entropy(logits, inputs["labels"], torch.tensor([1.0, 2.0, 3.0]), label_smoothing=0.1)
+
+
+def margins(logits, inputs, model):
+    return F.multi_margin_loss(logits, inputs["labels"])
+
+
+MEANS = (noisy, adversarial, mixed, focal, weighted_rows, smoothed, margins)
+
+
+def total(logits, inputs, model):
+    return cross_entropy(logits, inputs, model).sum()
+
+
+def total_of_weighted(logits, inputs, model):
+    return (cross_entropy(logits, inputs, model) * inputs["attention_mask"].sum(-1)).sum()
+
+
+def pairs_of_rows(logits, inputs, model):
+    """A reward model's: the first half was chosen, the second rejected."""
+    chosen, rejected = logits[:, 0].chunk(2)
+    return -F.logsigmoid(chosen - rejected).mean()
+
+
+def close_pairs(logits, inputs, model):
+    """As before its first steps, when the scores hardly differ."""
+    return pairs_of_rows(0.1 * logits, inputs, model)
+
+
+def in_batch_contrast(logits, inputs, model):
+    z = F.normalize(logits, dim=-1)
+    return F.cross_entropy(z @ z.T / 0.5, torch.arange(len(z)))
+
+
+def ranked(logits, inputs, model):
+    """CoSENT's kind: every pair of rows in one logarithm."""
+    differences = logits[:, 0][:, None] - logits[:, 0]
+    return torch.log1p(differences.exp().sum())
+
+
+CONTRASTS = (total, total_of_weighted, pairs_of_rows, close_pairs, in_batch_contrast, ranked)
+
+
+def parent_of(function):
+    class Parent(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+            loss = function(outputs.logits, inputs, model)
+            return (loss, outputs) if return_outputs else loss
+
+    return type("Ours", (RDropMixin, Parent), {})
+
+
+@pytest.mark.parametrize("function", CONTRASTS)
+def test_a_parents_loss_over_the_rows_together_is_refused(function):
+    args = {"trainer_class": parent_of(function), "max_steps": 1}
+    refuse(make_model("single", 0.3), "not the same for a repeated batch with dropout off.*rdrop_alpha to 0", **args)
+    train(make_model("single", 0.3), rdrop_alpha=0.0, **args)
+
+
+def test_a_sum_is_called_a_sum():
+    refuse(make_model("single", 0.3), "it is a sum over the rows", trainer_class=parent_of(total))
+
+
+@pytest.mark.parametrize("function", MEANS)
+def test_a_parents_loss_that_is_a_mean_is_trained_and_the_check_draws_nothing(function, monkeypatch):
+    runs = []
+    for checked in (True, False):
+        with monkeypatch.context() as patch:
+            if not checked:
+                patch.setattr("hf_rdrop.training.run.check_repeated_loss", lambda *args: None)
+            np.random.seed(0)
+            random.seed(0)
+            runs.append(values(run(make_model("single", 0.3), trainer_class=parent_of(function))))
+    assert runs[0] == runs[1]
+
+
+def test_low_precision_is_no_contrast():
+    train(make_model("single", 0.3).bfloat16(), trainer_class=parent_of(focal), rdrop_alpha=2.0)
+    train(make_model("single", 0.3), trainer_class=parent_of(smoothed), rdrop_alpha=2.0, bf16=True)
+
+
+def test_a_loss_function_that_is_a_sum_is_refused():
+    def sums(outputs, labels, num_items_in_batch=None):
+        return F.cross_entropy(outputs.logits, labels, reduction="sum")
+
+    with pytest.raises(ValueError, match="a sum over the rows"):
+        train(make_model("single", 0.3), trainer_kwargs={"compute_loss_func": sums})
+
+
+class Clusters(nn.Module):
+    """A module of one's own whose loss tells the rows from each other, or is a sum."""
+
+    def __init__(self, reduction):
+        super().__init__()
+        self.net = nn.Sequential(nn.Embedding(40, 8), nn.Flatten(), nn.Dropout(0.3), nn.Linear(64, 3))
+        self.reduction = reduction
+
+    def forward(self, input_ids, labels=None):
+        logits = self.net(input_ids)
+        if self.reduction == "contrast":
+            return {"loss": in_batch_contrast(logits, None, None), "logits": logits}
+        return {"loss": F.cross_entropy(logits, labels, reduction=self.reduction), "logits": logits}
+
+
+@pytest.mark.parametrize("reduction", ["sum", "contrast"])
+def test_a_module_of_ones_own_whose_loss_is_no_mean(reduction):
+    rows = rows_of(CLASSES)
+    refuse(Clusters(reduction), "the loss of Clusters is not the same for a repeated batch", rows=rows)
+    train(Clusters(reduction), rows=rows, rdrop_alpha=0.0)
+    run(Clusters("mean"), rows=rows)

@@ -2,12 +2,24 @@
 
 import types
 
+import peft
 import pytest
 import torch
-from transformers import BartConfig, BartForSequenceClassification, BertConfig, BertModel, BertPreTrainedModel
+import torch.nn.functional as F
+from transformers import (
+    BartConfig,
+    BartForSequenceClassification,
+    BertConfig,
+    BertModel,
+    BertPreTrainedModel,
+    DiffLlamaConfig,
+    DiffLlamaForCausalLM,
+    Trainer,
+)
 
-from hf_rdrop import RDropTrainer, RDropTrainingArguments
+from hf_rdrop import RDropMixin, RDropTrainer, RDropTrainingArguments
 from hf_rdrop.objective.heads import resolve_head
+from support.settings import causal_rows
 from support.training import make_collator, make_model, make_rows, step_logs, train
 
 
@@ -197,3 +209,158 @@ def test_how_passes_are_compared_follows_transformers_problem_type(logits, label
 def test_labels_that_fit_no_head(labels):
     with pytest.raises(ValueError, match="cannot compare logits of shape"):
         resolve_head(config(), torch.zeros(4, 3), labels, passes=2)
+
+
+# ---- the first batch and the first step ----
+
+
+class DividesAgain(Trainer):
+    """As Trainers of the time before the item counts."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        return super().training_step(model, inputs, num_items_in_batch) / self.args.gradient_accumulation_steps
+
+
+class DividesBefore(Trainer):
+    """Divides the loss that it goes backward on, in a step of its own."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        model.train()
+        loss = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
+        self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
+        return loss.detach() / self.current_gradient_accumulation_steps
+
+
+@pytest.mark.parametrize("alpha", [0.0, 2.0])
+@pytest.mark.parametrize("parent", [DividesAgain, DividesBefore])
+def test_a_step_that_divides_by_the_accumulation_once_more(parent, alpha):
+    trainer_class = type("Ours", (RDropMixin, parent), {})
+    args = {"trainer_class": trainer_class, "rdrop_alpha": alpha, "per_device_train_batch_size": 4}
+    refuse(make_model("single"), "Ours divides the loss by its 4 accumulation", gradient_accumulation_steps=4, **args)
+    train(make_model("single"), **args)  # one batch for each step
+
+
+def test_a_step_that_scales_by_something_else_is_let_be():
+    class Doubles(Trainer):
+        def training_step(self, *args, **kwargs):
+            return 2 * super().training_step(*args, **kwargs)
+
+    trainer_class = type("Ours", (RDropMixin, Doubles), {})
+    train(make_model("single"), trainer_class=trainer_class, gradient_accumulation_steps=4)
+
+
+class TwoHeads(torch.nn.Module):
+    def __init__(self, second):
+        super().__init__()
+        self.embed, self.drop = torch.nn.Embedding(40, 16), torch.nn.Dropout(0.3)
+        self.a, self.b, self.second = torch.nn.Linear(16, 3), torch.nn.Linear(16, 2), second
+
+    def forward(self, input_ids, attention_mask=None, labels=None, **others):
+        hidden = self.drop(self.embed(input_ids).mean(1))
+        a, b = self.a(hidden), self.b(hidden)
+        return {"loss": F.cross_entropy(a, labels) + F.cross_entropy(b, others[self.second]), "logits": a, "b": b}
+
+
+@pytest.mark.parametrize(("second", "names"), [("labels_b", ["labels", "labels_b"]), ("label_topic", None)])
+def test_several_columns_of_labels(second, names):
+    names = names or ["label_topic", "labels"]
+    rows = [{**row, second: i % 2} for i, row in enumerate(make_rows("single", 16))]
+    args = {"rows": rows, "label_names": names, "remove_unused_columns": False}
+    refuse(TwoHeads(second), f"several columns of labels .*{second}.*logits_for_agreement", **args)
+    train(TwoHeads(second), rdrop_alpha=0.0, **args)
+
+    def both(outputs, inputs):
+        return torch.cat((outputs["logits"], outputs["b"]), -1)
+
+    own = train(TwoHeads(second), trainer_kwargs={"logits_for_agreement": both}, **args)
+    assert step_logs(own)[0]["kl_loss"] > 0
+
+
+class Unused(torch.nn.Module):
+    """Declares dropout, and does not call it unless it is told to."""
+
+    def __init__(self, used=False, p=0.3):
+        super().__init__()
+        self.embed, self.drop, self.out = torch.nn.Embedding(40, 16), torch.nn.Dropout(p), torch.nn.Linear(16, 3)
+        self.gate, self.used = torch.nn.Parameter(torch.ones(16)), used
+
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        hidden = self.embed(input_ids).mean(1)
+        if self.used:
+            hidden = hidden + self.gate * self.drop(hidden)
+        logits = self.out(hidden)
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+def make_diffllama():
+    """It has a rate of attention dropout, which it never applies."""
+    sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 2, "intermediate_size": 32, "pad_token_id": 0}
+    return DiffLlamaForCausalLM(DiffLlamaConfig(**sizes))
+
+
+def test_dropout_that_a_model_does_not_use():
+    message = "DiffLlamaForCausalLM does not use the dropout.*rdrop_insert_dropout"
+    refuse(make_diffllama(), message, rows=causal_rows(), rdrop_dropout=0.1)
+    refuse(Unused(), "Unused does not use the dropout that it declares")
+    train(Unused(), rdrop_alpha=0.0)
+    assert step_logs(train(make_diffllama(), rows=causal_rows(), rdrop_insert_dropout=0.1))[0]["kl_loss"] > 0
+
+
+def zero_head():
+    model = make_model("single", 0.3)
+    torch.nn.init.zeros_(model.classifier.weight)
+    return model
+
+
+def zero_gate():
+    model = Unused(used=True)
+    torch.nn.init.zeros_(model.gate)
+    return model
+
+
+def zero_vectors():
+    """VeRA multiplies its random matrices with a vector that is zero at first; the dropout is before them."""
+    config = peft.VeraConfig(target_modules=["query", "value"], vera_dropout=0.5, d_initial=0.0, task_type="SEQ_CLS")
+    return peft.get_peft_model(make_model("single", 0.0), config)
+
+
+def lora(**kwargs):
+    config = peft.LoraConfig(target_modules=["query", "value"], lora_dropout=0.5, task_type="SEQ_CLS", **kwargs)
+    return peft.get_peft_model(make_model("single", 0.0), config)
+
+
+def quiet_encoder():
+    """Whoever freezes a part may put it into evaluation mode as well."""
+    model = make_model("single", 0.3)
+    model.bert.requires_grad_(False)
+    model.dropout.p = 0.0
+    model.bert.train = lambda mode=True: model.bert
+    model.bert.apply(lambda module: setattr(module, "training", False))
+    return model
+
+
+BEGIN_EQUAL = {
+    "head of zeros": zero_head,
+    "gate of zeros": zero_gate,
+    "LoRA": lora,
+    "DoRA": lambda: lora(use_dora=True),
+    "VeRA": zero_vectors,
+    "a part in evaluation mode": quiet_encoder,
+    "a low rate": lambda: Unused(p=0.001),
+}
+
+
+@pytest.mark.parametrize("case", BEGIN_EQUAL)
+def test_passes_that_may_be_equal_on_the_first_batch(case):
+    assert step_logs(train(BEGIN_EQUAL[case](), learning_rate=1e-2))[0]["kl_loss"] == 0
+
+
+def test_nothing_is_concluded_where_nothing_is_compared():
+    """A function of one's own whose mask is empty at first, and layers of which none happened to be dropped."""
+
+    def nothing(outputs, inputs):
+        return outputs["logits"], torch.zeros_like(inputs["labels"], dtype=torch.bool)
+
+    train(make_model("single", 0.3), trainer_kwargs={"logits_for_agreement": nothing})
+    train(make_diffllama(), rows=causal_rows(), rdrop_dropout=0.1, rdrop_layer_drop=1e-6)

@@ -3,10 +3,11 @@
 import logging
 
 import pytest
+import torch
 
-from hf_rdrop import RDropTrainingArguments
-from hf_rdrop.training.first_batch import show
-from support.training import make_model, train
+from hf_rdrop import RDropTrainer, RDropTrainingArguments
+from hf_rdrop.training.first_batch import labels_explained, show
+from support.training import make_model, make_rows, train
 
 
 def arguments(folder, **args):
@@ -39,3 +40,37 @@ def test_it_is_logged_where_info_is_on(level, tmp_path, capsys, caplog):
 def test_plain_training_shows_nothing(capsys):
     train(make_model("single"), rdrop_alpha=0.0)
     assert "x the time" not in capsys.readouterr().err
+
+
+# ---- labels that are no class of the head, at any step ----
+
+
+@pytest.mark.parametrize("alpha", [0.0, 2.0])
+@pytest.mark.parametrize(("head", "bad", "kind"), [("single", 3, "3 classes"), ("token", 9, "5 classes")])
+@pytest.mark.parametrize("row", [0, 20])  # of the first batch, and of the second
+def test_labels_out_of_range_are_named_at_any_step(head, bad, kind, row, alpha):
+    rows = make_rows(head, 32)
+    rows[row]["labels"] = bad if head == "single" else [bad] * len(rows[row]["labels"])
+    args = {"rows": rows, "rdrop_alpha": alpha, "train_sampling_strategy": "sequential"}
+    with pytest.raises(ValueError, match=rf"^The labels of .* to {bad}, but .* has {kind}"):
+        train(make_model(head), head, **args)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 2.0])
+def test_labels_out_of_range_are_named_in_evaluation(alpha):
+    trainer = train(make_model("single"), rdrop_alpha=alpha)
+    rows = make_rows("single", 4)
+    rows[2]["labels"] = -2
+    with pytest.raises(ValueError, match=r"^The labels of a batch are from -2 to "):
+        trainer.evaluate(rows)
+
+
+def test_an_error_of_another_kind_is_left_as_it_is():
+    class Fails(RDropTrainer):
+        def prediction_step(self, *args, **kwargs):
+            with labels_explained(self.model, torch.tensor([0, 2])):
+                raise RuntimeError("out of memory")
+
+    trainer = train(make_model("single"), trainer_class=Fails)
+    with pytest.raises(RuntimeError, match=r"^out of memory$"):
+        trainer.evaluate()

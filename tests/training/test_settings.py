@@ -25,7 +25,7 @@ def test_settings_are_the_arguments_at_that_time():
     settings = Settings.of(args)
     args.rdrop_alpha = 5.0
     assert (settings.alpha, settings.passes, Settings.of(args).alpha) == (3.0, 4, 5.0)
-    assert settings.asks_for_sub_models and not Settings.of(object()).asks_for_sub_models
+    assert settings.layer_drop == 0.1 and not Settings.of(object()).layer_drop
     with pytest.raises(dataclasses.FrozenInstanceError):
         settings.alpha = 1.0
 

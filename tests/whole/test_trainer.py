@@ -11,6 +11,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_rdrop import RDropMixin, RDropSeq2SeqTrainer, RDropTrainer, RDropTrainingArguments, inspect_dropout
 from support.reference import torch_reference
+from support.settings import TINY, causal_rows, make_llama
 from support.training import InOrder, make_collator, make_model, make_rows, step_logs, train
 
 PROBLEM_TYPES = {"multi": "multi_label_classification", "regression": "regression"}
@@ -404,3 +405,128 @@ def test_lora_adapters_train_with_the_base_frozen():
     moved = {name for name, value in adapted.named_parameters() if not torch.equal(value, before[name])}
     assert moved == {name for name, value in adapted.named_parameters() if value.requires_grad}
     assert all(entry["kl_loss"] > 0 for entry in step_logs(trainer))
+
+
+# ---- what other Trainers do in their steps ----
+
+
+class Adversarial(Trainer):
+    """FGM: a second loss and backward pass with the embeddings moved along their gradient."""
+
+    second_counts = False
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        first = super().training_step(model, dict(inputs), num_items_in_batch)
+        weight = model.get_input_embeddings().weight
+        kept = weight.data.clone()
+        weight.data += weight.grad / (weight.grad.norm() + 1e-8)
+        second = super().training_step(model, dict(inputs), num_items_in_batch)
+        weight.data = kept
+        return second if self.second_counts else first
+
+
+class SecondCounts(Adversarial):
+    second_counts = True
+
+
+class DropoutInPrediction(Trainer):
+    """Monte Carlo dropout: a loss in training mode, within an evaluation."""
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        model.train()
+        with torch.no_grad():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        return loss, outputs["logits"], inputs["labels"]
+
+
+@pytest.mark.parametrize("parent", [Adversarial, SecondCounts, DropoutInPrediction])
+def test_the_log_holds_the_loss_that_is_returned(parent):
+    class Ours(RDropMixin, parent):
+        returned = ()
+
+        def training_step(self, *args, **kwargs):
+            loss = super().training_step(*args, **kwargs)
+            self.returned = (*self.returned, loss.item())
+            return loss
+
+    args = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 3}
+    trainer = train(make_model("single", 0.3), trainer_class=Ours, rdrop_alpha=2.0, **args)
+    assert len(step_logs(trainer)) == 3
+    for entry, returned in zip(step_logs(trainer), trainer.returned, strict=True):
+        assert entry["kl_loss"] > 0
+        assert entry["loss"] == pytest.approx(returned, rel=1e-5)
+        assert entry["loss"] == pytest.approx(entry["ce_loss"] + entry["kl_loss"], rel=1e-5)
+
+
+class ChangesLabels(Trainer):
+    """Ignores the first labels of a batch, in place."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs["labels"]
+        labels.masked_fill_(labels == 0, -100)
+        outputs = model(**inputs)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+
+@pytest.mark.parametrize("alpha", [0.0, 2.0])
+def test_items_are_counted_before_a_parent_changes_labels_in_place(alpha):
+    """Whatever it ignores, its loss is a mean, and the batch counts by the labels that the step was counted with."""
+    trainer_class = type("Ours", (RDropMixin, ChangesLabels), {})
+    found = train(make_model("single", TINY), trainer_class=trainer_class, rdrop_alpha=alpha, max_steps=1)
+    rows = [{**row, "labels": row["labels"] or -100} for row in make_rows("single", 32)]
+    plain = train(make_model("single", TINY), rows=rows, rdrop_alpha=alpha, max_steps=1)
+    assert step_logs(found)[0]["loss"] == pytest.approx(step_logs(plain)[0]["loss"], rel=1e-5)
+
+
+class OtherOrder(Trainer):
+    def compute_loss(self, model, inputs, num_items_in_batch=None, return_outputs=False):
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        loss = F.cross_entropy(outputs.logits, labels)
+        return (loss, outputs) if return_outputs else loss
+
+
+class KeywordsOnly(Trainer):
+    def compute_loss(self, model, inputs, *, return_outputs=False, **kwargs):
+        return OtherOrder.compute_loss(self, model, inputs, return_outputs=return_outputs)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 2.0])
+@pytest.mark.parametrize("parent", [OtherOrder, KeywordsOnly])
+def test_a_parents_loss_is_called_by_keyword(parent, alpha):
+    trainer = train(make_model("single", 0.3), trainer_class=type("Ours", (RDropMixin, parent), {}), rdrop_alpha=alpha)
+    plain = train(make_model("single", 0.3), rdrop_alpha=alpha)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-5)
+
+
+class Prepares(Trainer):
+    """As trainers of reinforcement learning, which make their batches in `_prepare_inputs`, once for each."""
+
+    prepared = 0
+
+    def _prepare_inputs(self, inputs):
+        self.prepared += 1
+        if isinstance(inputs, list):
+            inputs = make_collator("single", self.model)(inputs)
+        return super()._prepare_inputs(inputs)
+
+
+class FromLists(Prepares):
+    def get_train_dataloader(self):
+        self.data_collator = list
+        return super().get_train_dataloader()
+
+
+@pytest.mark.parametrize("alpha", [0.0, 2.0])
+def test_batches_may_be_lists_until_they_are_prepared(alpha):
+    args = {"rdrop_alpha": alpha, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
+    lists = train(make_model("single", 0.3), trainer_class=type("Ours", (RDropMixin, FromLists), {}), **args)
+    plain = train(make_model("single", 0.3), **args)
+    assert lists.prepared == 8
+    assert [entry["loss"] for entry in step_logs(lists)] == pytest.approx([e["loss"] for e in step_logs(plain)])
+
+
+def test_a_parents_preparation_runs_once_for_each_batch():
+    trainer_class = type("Ours", (RDropMixin, Prepares), {})
+    assert train(make_llama(0.3), "token", rows=causal_rows(), trainer_class=trainer_class).prepared == 2
