@@ -9,6 +9,7 @@ from datasets import Dataset
 
 from finetuning.files import FORMATS, read_table
 from finetuning.run import closest
+from finetuning.unfit import check_fit
 
 FILE_ARGUMENTS = {"train": "train_file", "validation": "validation_file", "test": "test_file"}
 
@@ -153,6 +154,7 @@ def _load_from_hub(data_args: DataArguments, model_args: Any, splits: Iterable[s
 def require_columns(dataset: Dataset, columns: Iterable[str], split: str, argument: str | None = None) -> None:
     """Raise `ValueError` when a column is missing, with the columns there are and the closest name."""
     for name in columns:
+        check_fit(dataset, name)
         if name not in dataset.column_names:
             advice = f"Rename it in the data, or give --{argument}." if argument else "Rename it in the data."
             raise ValueError(

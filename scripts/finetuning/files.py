@@ -16,6 +16,8 @@ from typing import Any
 import pyarrow as pa
 from datasets import Dataset
 
+from finetuning.unfit import note_unfit
+
 FORMATS = (".csv", ".tsv", ".json", ".jsonl")
 TEXT = ".txt"  # of scripts that need no columns
 
@@ -23,6 +25,7 @@ TEXT = ".txt"  # of scripts that need no columns
 def read_table(path: str, formats: tuple[str, ...] = FORMATS) -> Dataset:
     """Read one csv, tsv, json or jsonl file (also .gz) into memory.
 
+    A column whose values do not fit together is left out, and refused where it is used (`unfit.py`).
     With .txt among the `formats` also plain text: a row with the column `text` for each line that is not blank.
 
     Raises:
@@ -46,9 +49,17 @@ def read_table(path: str, formats: tuple[str, ...] = FORMATS) -> Dataset:
     for name in names:
         if not _is_text(name):
             raise ValueError(f"{file}: the name of column {name!r:.60} is no valid Unicode text. Rename it.")
-    columns = {name: _column(file, name, [row.get(name) for row in rows]) for name in names}
+    columns, unfit = {}, {}
+    for name in names:
+        values = [row.get(name) for row in rows]
+        try:
+            columns[name] = _column(file, name, values)
+        except ValueError as error:  # of a column that nobody may use
+            unfit[name] = str(error), values
+    if unfit and not columns:
+        raise ValueError(next(iter(unfit.values()))[0])
     try:
-        return Dataset(pa.table(columns))
+        return note_unfit(Dataset(pa.table(columns)), unfit)
     except (pa.ArrowException, RecursionError) as error:
         raise ValueError(
             f"{file}: its rows are no table ({error}). Give columns of texts, numbers or lists."

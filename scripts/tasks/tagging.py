@@ -12,6 +12,7 @@ from transformers import EvalPrediction
 
 from finetuning.data import DataArguments, require_columns
 from finetuning.labels import SINGLE, Labels, collect_names, feature_names, follow_model, labels_of_model, sort_names
+from finetuning.unfit import check_fit
 from hf_rdrop.metrics import Seqeval
 
 logger = logging.getLogger(f"hf_rdrop.scripts.{__name__}")
@@ -54,6 +55,7 @@ def check_rows(dataset: Dataset, split: str, data_args: NerArguments) -> None:
     """Check that each row is a list of words and, where there are tags, as many of them."""
     words_column, tags_column = data_args.text_column_name, data_args.label_column_name
     require_columns(dataset, [words_column], split, "text_column_name")
+    check_fit(dataset, tags_column)
     if split != "test":
         require_columns(dataset, [tags_column], split, "label_column_name")
     tags = list(dataset[tags_column]) if tags_column in dataset.column_names else [None] * len(dataset)

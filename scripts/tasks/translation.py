@@ -11,6 +11,7 @@ from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq, EvalPrediction
 
 from finetuning.data import DataArguments, require_columns
+from finetuning.unfit import check_fit
 from hf_rdrop.metrics import Rouge, SacreBleu
 
 logger = logging.getLogger(f"hf_rdrop.scripts.{__name__}")
@@ -77,6 +78,7 @@ def read_pairs(dataset: Dataset, split: str, data_args: TranslationArguments) ->
         for name, argument in zip(names, arguments, strict=True):
             if name == names[0] or split != "test":
                 require_columns(dataset, [name], split, argument)
+    check_fit(dataset, *names)
     flat = data_args.text_column is not None or set(names) <= set(dataset.column_names)
     if not flat:
         require_columns(dataset, ["translation"], split)
