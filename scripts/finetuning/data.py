@@ -1,6 +1,6 @@
 """Data of a run: files, or a data set of the Hub, and which of their rows are used."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,9 +94,13 @@ class DataArguments:
 
 
 def load_splits(
-    data_args: DataArguments, model_args: Any, splits: Iterable[str], formats: tuple[str, ...] = FORMATS
+    data_args: DataArguments,
+    model_args: Any,
+    splits: Iterable[str],
+    formats: tuple[str, ...] = FORMATS,
+    read: Callable[[str], Dataset] | None = None,
 ) -> dict[str, Dataset]:
-    """Load the splits that the run needs; `formats` are those that a file may have.
+    """Load the splits that the run needs; `formats` are those that a file may have, `read` another way to read one.
 
     Raises:
         ValueError: a split has no source, a file cannot be read or is empty, or the data set cannot be loaded.
@@ -111,7 +115,7 @@ def load_splits(
         if path is None:
             task = {"train": "--do_train", "validation": "--do_eval", "test": "--do_predict"}[split.split("_")[0]]
             raise ValueError(f"{task} needs data: give --{argument} (or --dataset_name for a data set of the Hub).")
-        loaded[split] = read_table(path, formats)
+        loaded[split] = read(path) if read else read_table(path, formats)
     return loaded
 
 
