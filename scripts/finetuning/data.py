@@ -23,10 +23,19 @@ class DataArguments:
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of --dataset_name."})
     train_file: str | None = field(
-        default=None, metadata={"help": "Training data: .csv, .tsv (tabs, no quoting), .json or .jsonl, also .gz."}
+        default=None,
+        metadata={
+            "help": "Training data: .csv, .tsv (tabs, no quoting), .json or .jsonl, also .gz; .parquet, .arrow."
+        },
     )
     validation_file: str | None = field(default=None, metadata={"help": "Validation data, in the same formats."})
     test_file: str | None = field(default=None, metadata={"help": "Data to predict; labels may be missing or -1."})
+    delimiter: str | None = field(
+        default=None,
+        metadata={
+            "help": "What parts the fields of csv files. Default: comma; where a header has none, a guess, told."
+        },
+    )
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first N training rows."})
     sample_seed: int | None = field(
         default=None, metadata={"help": "Draw the --max_train_samples rows at random with this seed instead."}
@@ -54,6 +63,9 @@ class DataArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} must be at least 1, got {value}: leave it out to use everything.")
+        self.delimiter = {"\\t": "\t", "tab": "\t"}.get(self.delimiter or "", self.delimiter)
+        if self.delimiter is not None and len(self.delimiter) != 1:
+            raise ValueError(f"--delimiter must be one character, or tab; got {self.delimiter!r:.60}.")
         if self.sample_seed is not None and (self.max_train_samples is None or self.sample_seed < 0):
             raise ValueError("--sample_seed draws --max_train_samples rows: give that too, and a seed of at least 0.")
         if self.validation_from_train is not None and not 0 < self.validation_from_train < 1:
@@ -115,7 +127,7 @@ def load_splits(
         if path is None:
             task = {"train": "--do_train", "validation": "--do_eval", "test": "--do_predict"}[split.split("_")[0]]
             raise ValueError(f"{task} needs data: give --{argument} (or --dataset_name for a data set of the Hub).")
-        loaded[split] = read(path) if read else read_table(path, formats)
+        loaded[split] = read(path) if read else read_table(path, formats, data_args.delimiter)
     return loaded
 
 

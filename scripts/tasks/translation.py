@@ -24,6 +24,16 @@ BLEU_TOKENIZERS = {"zh": "zh", "ja": "char", "th": "char", "lo": "char", "km": "
 class TranslationArguments(DataArguments):
     """Data: pairs of texts, from the Hub or from files."""
 
+    train_file: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Training data: one file (.csv, .tsv, .json, .jsonl, also .gz; .parquet, .arrow; .tmx), or two "
+            "text files, source and target, of a sentence a line: pair.en pair.de, or PREFIX for PREFIX.en and "
+            "PREFIX.de."
+        },
+    )
+    validation_file: list[str] | None = field(default=None, metadata={"help": "Validation data, in the same formats."})
+    test_file: list[str] | None = field(default=None, metadata={"help": "Data to predict; targets may be missing."})
     source_lang: str | None = field(default=None, metadata={"help": "Language to translate from: a key of each row."})
     target_lang: str | None = field(default=None, metadata={"help": "Language to translate to: a key of each row."})
     text_column: str | None = field(default=None, metadata={"help": "Summarisation: column of the full texts."})
