@@ -17,6 +17,7 @@ from transformers import AutoModelForSequenceClassification, DataCollatorWithPad
 
 from finetuning.labels import SINGLE
 from finetuning.model import ModelArguments, fit_length, hub_name, load_config, load_model, load_tokenizer
+from finetuning.reading import keep_reading, tell_reading
 from finetuning.run import cli, parse_arguments, start_run
 from finetuning.trainer import ReportArguments, ScriptMixin, padding_multiple
 from finetuning.unlabeled import UnlabeledArguments, load_unlabeled, no_targets
@@ -30,6 +31,7 @@ from tasks.glue import (
     choose_text_columns,
     format_predictions,
     load_data,
+    settle_labels,
     tokenize,
 )
 
@@ -57,8 +59,9 @@ def main(
         validation=training_args.do_eval,
         test=training_args.do_predict,
     )
-    columns = choose_text_columns(data_args, splits)
     config = load_config(model_args)
+    splits = settle_labels(data_args, splits, config)
+    columns = choose_text_columns(data_args, splits)
     labels = choose_labels(data_args, splits, config)
     unlabeled = load_unlabeled(unlabeled_args, data_args, training_args, splits.get("train"), columns)
     splits = data_args.choose_rows(splits)
@@ -68,7 +71,9 @@ def main(
     if training_args.label_smoothing_factor and labels.problem_type != SINGLE:
         raise ValueError(f"--label_smoothing_factor has no meaning for {labels.problem_type}: leave it out.")
     compute = build_metric(data_args, labels)
+    tell_reading(columns, data_args.label_columns or [data_args.label_column], labels, targets)
     config.update(labels.config_changes())
+    keep_reading(config, columns, data_args, labels)
     tokenizer = load_tokenizer(model_args, config)
     model = load_model(AutoModelForSequenceClassification, "sequence classification", model_args, config, tokenizer)
     data_args.max_seq_length = fit_length(data_args.max_seq_length, "max_seq_length", tokenizer, config)

@@ -28,6 +28,7 @@ from transformers import AutoModelForSequenceClassification, DataCollatorWithPad
 from accelerate import Accelerator, DataLoaderConfiguration
 from finetuning.labels import Labels
 from finetuning.model import ModelArguments, fit_length, load_config, load_model, load_tokenizer
+from finetuning.reading import keep_reading, tell_reading
 from finetuning.results import LAST_RESULT_FILE, read_json, remove_results, write_json
 from finetuning.run import RESUME_OPTION, cli, find_checkpoint, parse_arguments
 from hf_rdrop import RDropArguments, RDropLoss, set_dropout
@@ -35,7 +36,15 @@ from hf_rdrop.batch import repeat_batch, split_passes
 from hf_rdrop.checkpoints import saving
 from hf_rdrop.training.checks import check_stochastic
 from tasks.classification import flip_labels, predict_labels, read_targets
-from tasks.glue import GlueArguments, build_metric, choose_labels, choose_text_columns, load_data, tokenize
+from tasks.glue import (
+    GlueArguments,
+    build_metric,
+    choose_labels,
+    choose_text_columns,
+    load_data,
+    settle_labels,
+    tokenize,
+)
 
 logger = logging.getLogger(f"hf_rdrop.scripts.{__name__}")
 
@@ -78,7 +87,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run in this process may have used bf16
     accelerator = Accelerator(cpu=args.use_cpu, dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True))
     logging.basicConfig(format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", level=logging.WARNING)
-    logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
+    logging.getLogger("hf_rdrop").setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     if not accelerator.is_main_process:
         datasets.disable_progress_bars()
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
@@ -86,8 +95,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     # Data and model, as in run_glue.py.
     splits = load_data(data_args, model_args, train=True, validation=True)
-    columns = choose_text_columns(data_args, splits)
     config = load_config(model_args)
+    splits = settle_labels(data_args, splits, config)
+    columns = choose_text_columns(data_args, splits)
     labels = choose_labels(data_args, splits, config)
     splits = data_args.choose_rows(splits)
     targets = read_targets(splits, labels, data_args.label_column)
@@ -96,7 +106,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     loss_fn = RDropLoss(args.rdrop_alpha, labels.problem_type, args.label_smoothing_factor)
     passes = args.rdrop_passes if args.rdrop_alpha else 1
     compute = build_metric(data_args, labels)
+    tell_reading(columns, data_args.label_columns or [data_args.label_column], labels, targets)
     config.update(labels.config_changes())
+    keep_reading(config, columns, data_args, labels)
     tokenizer = load_tokenizer(model_args, config)
     model = load_model(AutoModelForSequenceClassification, "sequence classification", model_args, config, tokenizer)
     if args.rdrop_dropout is not None:

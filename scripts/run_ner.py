@@ -6,7 +6,8 @@
     python run_ner.py --dataset_name eriktks/conll2003 --task_name pos --model_name_or_path bert-base-cased \
         --do_train --do_eval --output_dir outputs/pos
 
-Each row holds a list of words (`tokens`) and a list of as many tags (`ner_tags`), strings or integers.
+Each row holds a list of words (`tokens`) and a list of as many tags (`ner_tags`), strings or integers. Files with a
+word and its tag on each line (CoNLL's .txt, .conll, .tsv, ..., or csv with sentence numbers) are read, too.
 --rdrop_alpha 0 trains the baseline: the same trainer, data order and arguments, without the second pass.
 """
 
@@ -20,12 +21,14 @@ from finetuning.model import ModelArguments, fit_length, hub_name, load_config, 
 from finetuning.run import cli, parse_arguments, start_run
 from finetuning.trainer import ReportArguments, ScriptMixin, padding_multiple
 from hf_rdrop import RDropTrainer, RDropTrainingArguments
+from tasks.tag_schemes import settle_schemes
 from tasks.tagging import (
     NerArguments,
     check_rows,
     choose_labels,
     compute_metrics,
     format_predictions,
+    read_file,
     read_targets,
     tokenize,
 )
@@ -48,9 +51,11 @@ def main(
     checkpoint = start_run(training_args)
 
     wanted = {"train": training_args.do_train, "validation": training_args.do_eval, "test": training_args.do_predict}
-    splits = load_splits(data_args, model_args, [split for split, is_wanted in wanted.items() if is_wanted])
+    wanted_splits = [split for split, is_wanted in wanted.items() if is_wanted]
+    splits = load_splits(data_args, model_args, wanted_splits, read=lambda path: read_file(path, data_args))
     for name, split in splits.items():
         check_rows(split, name, data_args)
+    splits = settle_schemes(splits, data_args.label_column_name)
     config = load_config(model_args)
     labels = choose_labels(data_args, splits, config)
     splits = data_args.choose_rows(splits)

@@ -8,7 +8,8 @@
         --summary_column highlights --source_prefix "summarize: " --model_name_or_path google-t5/t5-small \
         --rdrop_alpha 0.7 --predict_with_generate --do_train --do_eval --output_dir outputs/summaries
 
-Rows hold `translation`: {"en": "...", "de": "..."}, or a column for each side. Metrics are sacreBLEU and chrF against
+Rows hold `translation`: {"en": "...", "de": "..."}, or a column for each side; or --train_file pair.en pair.de, TMX.
+Metrics are sacreBLEU and chrF against
 the plain reference texts, for summaries ROUGE too (F1 in points, words by their stems; for rougeLsum sentences end at
 line breaks and after . ! or ?).
 --rdrop_alpha 0 trains the baseline: the same trainer, data order and arguments, without the second pass.
@@ -33,6 +34,7 @@ from finetuning.model import (
 from finetuning.run import cli, parse_arguments, start_run
 from finetuning.trainer import ReportArguments, ScriptMixin, padding_multiple
 from hf_rdrop import RDropSeq2SeqTrainer, RDropSeq2SeqTrainingArguments
+from tasks.parallel_texts import read_translations
 from tasks.translation import PairCollator, TranslationArguments, decode, read_pairs, score_against, tokenize
 
 logger = logging.getLogger(f"hf_rdrop.scripts.{__name__}")
@@ -57,7 +59,15 @@ def main(
         raise ValueError("--do_predict writes generated texts: give --predict_with_generate too.")
 
     wanted = {"train": training_args.do_train, "validation": training_args.do_eval, "test": training_args.do_predict}
-    splits = load_splits(data_args, model_args, [split for split, is_wanted in wanted.items() if is_wanted])
+    languages = data_args.source_lang, data_args.target_lang
+    splits = load_splits(
+        data_args,
+        model_args,
+        [split for split, is_wanted in wanted.items() if is_wanted],
+        read=lambda paths: read_translations(
+            [paths] if isinstance(paths, str) else paths, languages, data_args.delimiter
+        ),
+    )
     splits = data_args.choose_rows(splits)
     pairs = {name: read_pairs(split, name, data_args) for name, split in splits.items()}
     config = load_config(model_args)

@@ -1,6 +1,6 @@
 """Data of a run: files, or a data set of the Hub, and which of their rows are used."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +9,7 @@ from datasets import Dataset
 
 from finetuning.files import FORMATS, read_table
 from finetuning.run import closest
+from finetuning.unfit import check_fit
 
 FILE_ARGUMENTS = {"train": "train_file", "validation": "validation_file", "test": "test_file"}
 
@@ -22,10 +23,19 @@ class DataArguments:
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of --dataset_name."})
     train_file: str | None = field(
-        default=None, metadata={"help": "Training data: .csv, .tsv (tabs, no quoting), .json or .jsonl, also .gz."}
+        default=None,
+        metadata={
+            "help": "Training data: .csv, .tsv (tabs, no quoting), .json or .jsonl, also .gz; .parquet, .arrow."
+        },
     )
     validation_file: str | None = field(default=None, metadata={"help": "Validation data, in the same formats."})
     test_file: str | None = field(default=None, metadata={"help": "Data to predict; labels may be missing or -1."})
+    delimiter: str | None = field(
+        default=None,
+        metadata={
+            "help": "What parts the fields of csv files. Default: comma; where a header has none, a guess, told."
+        },
+    )
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first N training rows."})
     sample_seed: int | None = field(
         default=None, metadata={"help": "Draw the --max_train_samples rows at random with this seed instead."}
@@ -53,6 +63,9 @@ class DataArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} must be at least 1, got {value}: leave it out to use everything.")
+        self.delimiter = {"\\t": "\t", "tab": "\t"}.get(self.delimiter or "", self.delimiter)
+        if self.delimiter is not None and len(self.delimiter) != 1:
+            raise ValueError(f"--delimiter must be one character, or tab; got {self.delimiter!r:.60}.")
         if self.sample_seed is not None and (self.max_train_samples is None or self.sample_seed < 0):
             raise ValueError("--sample_seed draws --max_train_samples rows: give that too, and a seed of at least 0.")
         if self.validation_from_train is not None and not 0 < self.validation_from_train < 1:
@@ -93,9 +106,13 @@ class DataArguments:
 
 
 def load_splits(
-    data_args: DataArguments, model_args: Any, splits: Iterable[str], formats: tuple[str, ...] = FORMATS
+    data_args: DataArguments,
+    model_args: Any,
+    splits: Iterable[str],
+    formats: tuple[str, ...] = FORMATS,
+    read: Callable[[str], Dataset] | None = None,
 ) -> dict[str, Dataset]:
-    """Load the splits that the run needs; `formats` are those that a file may have.
+    """Load the splits that the run needs; `formats` are those that a file may have, `read` another way to read one.
 
     Raises:
         ValueError: a split has no source, a file cannot be read or is empty, or the data set cannot be loaded.
@@ -110,7 +127,7 @@ def load_splits(
         if path is None:
             task = {"train": "--do_train", "validation": "--do_eval", "test": "--do_predict"}[split.split("_")[0]]
             raise ValueError(f"{task} needs data: give --{argument} (or --dataset_name for a data set of the Hub).")
-        loaded[split] = read_table(path, formats)
+        loaded[split] = read(path) if read else read_table(path, formats, data_args.delimiter)
     return loaded
 
 
@@ -153,6 +170,7 @@ def _load_from_hub(data_args: DataArguments, model_args: Any, splits: Iterable[s
 def require_columns(dataset: Dataset, columns: Iterable[str], split: str, argument: str | None = None) -> None:
     """Raise `ValueError` when a column is missing, with the columns there are and the closest name."""
     for name in columns:
+        check_fit(dataset, name)
         if name not in dataset.column_names:
             advice = f"Rename it in the data, or give --{argument}." if argument else "Rename it in the data."
             raise ValueError(

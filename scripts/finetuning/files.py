@@ -8,6 +8,7 @@ import csv
 import gzip
 import io
 import json
+import logging
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,14 +16,23 @@ from typing import Any
 
 import pyarrow as pa
 from datasets import Dataset
+from pyarrow import parquet
 
-FORMATS = (".csv", ".tsv", ".json", ".jsonl")
+from finetuning.unfit import note_unfit
+
+logger = logging.getLogger(f"hf_rdrop.scripts.{__name__}")
+
+TABLES = (".parquet", ".arrow", ".feather")
+FORMATS = (".csv", ".tsv", ".json", ".jsonl", *TABLES)
 TEXT = ".txt"  # of scripts that need no columns
 
 
-def read_table(path: str, formats: tuple[str, ...] = FORMATS) -> Dataset:
-    """Read one csv, tsv, json or jsonl file (also .gz) into memory.
+def read_table(path: str, formats: tuple[str, ...] = FORMATS, delimiter: str | None = None) -> Dataset:
+    """Read one csv, tsv, json or jsonl file (also .gz), or a parquet or arrow file, into memory.
 
+    The `delimiter` of a csv file is by default the comma, or what its header has in place of one.
+
+    A column whose values do not fit together is left out, and refused where it is used (`unfit.py`).
     With .txt among the `formats` also plain text: a row with the column `text` for each line that is not blank.
 
     Raises:
@@ -35,20 +45,30 @@ def read_table(path: str, formats: tuple[str, ...] = FORMATS) -> Dataset:
     suffix = file.with_suffix("").suffix if file.suffix == ".gz" else file.suffix
     if suffix not in formats:
         raise ValueError(f"{path} is of no known format: the name must end in {', '.join(formats)}, also with .gz.")
+    if suffix in TABLES:
+        return _read_arrow(file, suffix)
     text = read_text(file)
     if suffix == TEXT:
         rows: list[dict[str, Any]] = [{"text": line.rstrip("\r")} for line in text.split("\n") if line.strip()]
     else:
-        rows = list(_csv_rows(file, text, suffix) if suffix in (".csv", ".tsv") else _json_rows(file, text))
+        rows = list(_csv_rows(file, text, suffix, delimiter) if suffix in (".csv", ".tsv") else _json_rows(file, text))
     if not rows:
         raise ValueError(f"{path} is empty: it holds no example. Check that it was written completely.")
     names = dict.fromkeys(name for row in rows for name in row)
     for name in names:
         if not _is_text(name):
             raise ValueError(f"{file}: the name of column {name!r:.60} is no valid Unicode text. Rename it.")
-    columns = {name: _column(file, name, [row.get(name) for row in rows]) for name in names}
+    columns, unfit = {}, {}
+    for name in names:
+        values = [row.get(name) for row in rows]
+        try:
+            columns[name] = _column(file, name, values)
+        except ValueError as error:  # of a column that nobody may use
+            unfit[name] = str(error), values
+    if unfit and not columns:
+        raise ValueError(next(iter(unfit.values()))[0])
     try:
-        return Dataset(pa.table(columns))
+        return note_unfit(Dataset(pa.table(columns)), unfit)
     except (pa.ArrowException, RecursionError) as error:
         raise ValueError(
             f"{file}: its rows are no table ({error}). Give columns of texts, numbers or lists."
@@ -126,10 +146,14 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _csv_rows(file: Path, text: str, suffix: str) -> Iterator[dict[str, str]]:
+def _csv_rows(file: Path, text: str, suffix: str, delimiter: str | None) -> Iterator[dict[str, str]]:
     csv.field_size_limit(2**31 - 1)
     # Tab-separated files (GLUE's own among them) hold single quotation marks as plain text.
     style: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if suffix == ".tsv" else {"strict": True}
+    if suffix == ".csv":
+        style["delimiter"] = delimiter or _guess_delimiter(file, text)
+    elif delimiter:
+        style["delimiter"] = delimiter
     reader = csv.reader(io.StringIO(text, newline=""), **style)
     try:
         header = next(reader, [])
@@ -147,6 +171,44 @@ def _csv_rows(file: Path, text: str, suffix: str) -> Iterator[dict[str, str]]:
                 yield dict(zip(header, row, strict=True))
     except csv.Error as error:
         raise ValueError(f"{file}, line {reader.line_num}: malformed {suffix[1:]} ({error}).") from error
+
+
+def _guess_delimiter(file: Path, text: str) -> str:
+    """Return the comma, or what parts the header and the second line into as many fields where there is no comma."""
+    first, second, *_ = [*text.split("\n", 2), ""]
+    counts = {sign: first.count(sign) for sign in ";\t|" if 0 < first.count(sign) <= second.count(sign)}
+    if "," in first or not counts:
+        return ","
+    sign = max(counts, key=lambda name: counts[name])
+    logger.warning(
+        "%s has no comma in its header: read as parted by %r (--delimiter says otherwise).", file.name, sign
+    )
+    return sign
+
+
+def _read_arrow(file: Path, suffix: str) -> Dataset:
+    """Read a parquet or arrow file; text and lists of text in the types that json files have."""
+    try:
+        if suffix == ".parquet":
+            table = parquet.read_table(file)
+        else:
+            with pa.memory_map(str(file)) as source:
+                try:
+                    table = pa.ipc.open_file(source).read_all()
+                except pa.ArrowInvalid:  # the format of `datasets`
+                    table = pa.ipc.open_stream(source).read_all()
+    except (pa.ArrowException, OSError, EOFError) as error:
+        raise ValueError(
+            f"{file} is no complete {suffix[1:]} file ({' '.join(str(error).split()):.200}): copy or write it again."
+        ) from error
+    if table.num_rows == 0:
+        raise ValueError(f"{file} is empty: it holds no example. Check that it was written completely.")
+    for place, field in enumerate(table.schema):
+        kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+        if pa.types.is_large_string(kind) or pa.types.is_string_view(kind) or kind != field.type:
+            kind = pa.string() if pa.types.is_large_string(kind) or pa.types.is_string_view(kind) else kind
+            table = table.set_column(place, field.name, table.column(place).cast(kind))
+    return Dataset(table)
 
 
 def _is_text(value: str) -> bool:

@@ -13,6 +13,8 @@ from finetuning.run import closest
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 PROBLEM_TYPES = (SINGLE, MULTI, REGRESSION)
+MARKERS = ("-1", "-")  # of rows without a label, in SNLI and others
+WHOLE = re.compile(r"-?\d+(\.0*)?")
 
 _LARGEST_NUMBER = 1e18  # float32 ends at 3e38
 
@@ -26,11 +28,13 @@ class Labels:
         names: the classes in the order of the model's outputs; empty for regression.
         index_names: what integers in the data stand for, where the data (or the task) say it. Without it an integer
             is the name of a class itself: 1 to 5 stars are the classes "1" to "5".
+        flags: of several classes at once, whether a list holds a 0 or 1 for each class, not the classes that apply.
     """
 
     problem_type: str
     names: list[str]
     index_names: Sequence[str] | None = None
+    flags: bool = False
 
     def config_changes(self) -> dict[str, Any]:
         """Return the values that the model's configuration must have for a head with these outputs."""
@@ -55,7 +59,7 @@ class Labels:
             return self._index(value)
         if not isinstance(value, list):
             raise ValueError(f"{value!r:.60} is no list of labels.")
-        if any(isinstance(item, float) for item in value):  # a 0/1 vector; otherwise the classes that apply
+        if self.flags or any(isinstance(item, float) for item in value):  # otherwise the classes that apply
             if len(value) != len(self.names) or any(flag not in (0, 1) for flag in value):
                 raise ValueError(f"{value!r:.60} is no vector of {len(self.names)} flags, each 0 or 1.")
             return [float(flag) for flag in value]
@@ -86,10 +90,12 @@ class Labels:
     def _index(self, value: Any) -> int:
         name = self._name(value)
         if name not in self.names:
+            advice = "Correct or remove the row, or add examples to the training data."
+            if name in MARKERS:
+                advice = "It usually marks a row without a label: give --missing_label drop to leave such rows out."
             raise ValueError(
                 f"{name!r:.60} does not occur in the training data{closest(name, self.names)}, so the model has no "
-                f"output for it. Known labels: {_some(self.names)}. Correct or remove the row, or add examples to the "
-                "training data."
+                f"output for it. Known labels: {some(self.names)}. {advice}"
             )
         return self.names.index(name)
 
@@ -102,58 +108,23 @@ class Labels:
         if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
             raise ValueError(f"{value!r} is missing. Fill it in, or remove the row.")
         if isinstance(value, str):
-            return value
+            whole = re.sub(r"\.0*$", "", value) if WHOLE.fullmatch(value) else value  # 1.0 is the class 1
+            return whole if value not in self.names and whole in self.names else value
         if not isinstance(value, int):
             raise ValueError(f"{value!r:.60} ({type(value).__name__}) is no class: give whole numbers or strings.")
         if names is None:
             return str(value)
         if not 0 <= value < len(names):
-            hint = " -1 usually marks a row without a label: remove such rows." if value == -1 else ""
+            hint = (
+                " -1 usually marks a row without a label: remove such rows, or give --missing_label drop."
+                if value == -1
+                else ""
+            )
             raise ValueError(
                 f"{int(value)} is out of range: there are {len(names)} classes, 0 to {len(names) - 1} "
-                f"({_some(names)}).{hint or ' Correct the row, or the choice of task and column.'}"
+                f"({some(names)}).{hint or ' Correct the row, or the choice of task and column.'}"
             )
         return names[value]
-
-
-def infer_labels(
-    values: Sequence[Any],
-    column: str,
-    split: str = "training",
-    index_names: Sequence[str] | None = None,
-    problem_type: str | None = None,
-) -> Labels:
-    """Find out what the labels of a training set are.
-
-    Args:
-        values: the label column.
-        column: its name, for error messages.
-        split: the split's name, for error messages.
-        index_names: names of the classes where the data or the task give them.
-        problem_type: what they are to be taken as; found out from the values by default. Strings, whole numbers and
-            booleans are classes, real numbers regression, lists multi-label.
-
-    Raises:
-        ValueError: a label is missing or of no use, or there is only one class.
-    """
-    present = [value for value in values if value is not None and value != ""]
-    if not present:
-        raise ValueError(f"column {column!r} of the {split} data holds no label. Choose another column.")
-    problem_type = problem_type or _guess_problem_type(values, column, split, index_names)
-    labels = Labels(problem_type, list(index_names or ()), index_names)
-    if problem_type == REGRESSION:
-        return labels
-    if problem_type == MULTI and any(isinstance(item, float) for row in present for item in _items(row)):
-        labels.names = labels.names or [str(index) for index in range(len(present[0]))]
-    elif index_names is None:
-        rows = (_items(value) if problem_type == MULTI else [value] for value in values)
-        labels.names = collect_names(rows, column, split)
-    if len(labels.names) < 2 and problem_type == SINGLE:
-        raise ValueError(
-            f"every row of the {split} data has the label {labels.names[0]!r:.60} in column {column!r}: there is "
-            "nothing to tell apart. Choose another column, or check how the file was made."
-        )
-    return labels
 
 
 def collect_names(
@@ -187,15 +158,15 @@ def model_names(config: PreTrainedConfig) -> tuple[list[str], bool]:
     return names, all(name == f"LABEL_{index}" for index, name in enumerate(names))
 
 
-def labels_of_model(config: PreTrainedConfig, index_names: Sequence[str] | None) -> Labels:
-    """Return the labels of a fine-tuned model, for a run that does not train."""
+def labels_of_model(config: PreTrainedConfig, index_names: Sequence[str] | None, flags: bool = False) -> Labels:
+    """Return the labels of a fine-tuned model, for a run that does not train; `flags` as in `Labels`."""
     names, unnamed = model_names(config)
     problem_type = config.problem_type or (REGRESSION if config.num_labels == 1 else SINGLE)
     if problem_type == REGRESSION:
         return Labels(REGRESSION, [])
     if index_names is not None:
         return follow_model(Labels(problem_type, list(index_names), index_names), config, training=False)
-    return Labels(problem_type, names, names if unnamed else None)
+    return Labels(problem_type, names, names if unnamed else None, flags)
 
 
 def follow_model(labels: Labels, config: PreTrainedConfig, training: bool) -> Labels:
@@ -210,37 +181,10 @@ def follow_model(labels: Labels, config: PreTrainedConfig, training: bool) -> La
         return replace(labels, names=[by_name[name.lower()] for name in names])
     if not training and labels.problem_type != REGRESSION and (not unnamed or len(names) != len(labels.names)):
         raise ValueError(
-            f"the model's labels ({_some(names)}) are not those of the data ({_some(labels.names)}), so its "
+            f"the model's labels ({some(names)}) are not those of the data ({some(labels.names)}), so its "
             "predictions could not be compared. Choose the model that was trained on these data, or --do_train."
         )
     return labels
-
-
-def _guess_problem_type(values: Sequence[Any], column: str, split: str, index_names: Any) -> str:
-    kinds = {type(value) for value in values if value is not None and value != ""}
-    if list in kinds:
-        return MULTI
-    if index_names is None and float in kinds:
-        return REGRESSION
-    if index_names is None and kinds == {str}:
-        fractions = [_is_number(value) and not re.fullmatch(r"-?\d+", value) for value in values]
-        if any(fractions):
-            for row, value in enumerate(values, 1):
-                if value and not _is_number(value):
-                    raise ValueError(
-                        f"row {row} of the {split} data, column {column!r}: label {value!r:.60} is no number, but "
-                        f"those of other rows are. Correct the row; if they are names, give --problem_type {SINGLE}."
-                    )
-            return REGRESSION
-    return SINGLE
-
-
-def _items(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
-
-
-def _is_number(value: str) -> bool:
-    return re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", value or "") is not None
 
 
 def _number(value: Any) -> float:
@@ -257,5 +201,6 @@ def _number(value: Any) -> float:
     return number
 
 
-def _some(names: Sequence[str], most: int = 12) -> str:
+def some(names: Sequence[str], most: int = 12) -> str:
+    """List names, the first ones only when there are many."""
     return f"{', '.join(names[:most]):.300}" + (f" and {len(names) - most} more" if len(names) > most else "")

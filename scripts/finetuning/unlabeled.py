@@ -94,7 +94,7 @@ def load_unlabeled(
     if training_args.train_sampling_strategy == "batch_rebalance":
         raise ValueError(f"{source} and --train_sampling_strategy batch_rebalance cannot be used together.")
     if unlabeled_args.unlabeled_file:
-        rows = read_table(unlabeled_args.unlabeled_file)
+        rows = read_table(unlabeled_args.unlabeled_file, delimiter=data_args.delimiter)
         require_columns(rows, columns, "unlabelled")
         check_text(rows, columns, "unlabelled")
     else:

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from finetuning.files import read_table, read_text
+from finetuning.unfit import check_fit
 from from_scratch.arguments import InitModelArguments, check_arguments
 from from_scratch.configs import decoder_config, encoder_config, encoder_decoder_config
 from from_scratch.tokenizer import train_tokenizer
@@ -39,6 +40,7 @@ def read_texts(path: str, columns: Sequence[str] | None) -> Iterator[str]:
         raise ValueError(
             f"{path}: --text_columns is missing; name the columns with text among {', '.join(dataset.column_names)}."
         )
+    check_fit(dataset, *(column.partition(".")[0] for column in columns))
     for number, row in enumerate(dataset, start=1):
         for column in columns:
             if text := _text(f"{path}, row {number}", row, column):

@@ -9,6 +9,7 @@ from scipy.special import softmax
 from transformers import EvalPrediction
 
 from finetuning.labels import MULTI, REGRESSION, SINGLE, Labels
+from finetuning.unfit import check_fit
 from hf_rdrop.metrics import Calibration
 
 
@@ -16,6 +17,7 @@ def read_targets(splits: dict[str, Dataset], labels: Labels, column: str) -> dic
     """Return the model's targets in each split; None where a test set withholds them."""
     targets: dict[str, list[Any] | None] = {}
     for split, dataset in splits.items():
+        check_fit(dataset, column)
         values = list(dataset[column]) if column in dataset.column_names else [None]
         hidden = split.startswith("test") and labels.withheld(values)
         targets[split] = None if hidden else labels.encode_rows(values, column, split)

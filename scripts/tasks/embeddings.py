@@ -13,6 +13,7 @@ from transformers import DataCollatorWithPadding
 from finetuning.data import DataArguments, check_text, load_splits, require_columns
 from finetuning.files import FORMATS, TEXT
 from finetuning.model import ModelArguments
+from finetuning.unfit import unfit_columns
 
 logger = logging.getLogger(f"hf_rdrop.scripts.{__name__}")
 
@@ -115,6 +116,7 @@ def load_pairs(data_args: ContrastiveArguments, model_args: ModelArguments) -> D
 
 def _find_text_column(dataset: Dataset) -> str:
     names = [name for name, feature in dataset.features.items() if getattr(feature, "dtype", "") == "string"]
+    names += unfit_columns(dataset)
     known = next(([name] for name in ("text", "sentence") if name in names), names)
     if len(known) != 1:
         raise ValueError(

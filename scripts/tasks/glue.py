@@ -8,18 +8,12 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
+from finetuning.columns import find_text_columns
 from finetuning.data import DataArguments, check_text, load_splits, require_columns
-from finetuning.labels import (
-    MULTI,
-    REGRESSION,
-    SINGLE,
-    Labels,
-    feature_names,
-    follow_model,
-    infer_labels,
-    labels_of_model,
-)
+from finetuning.label_kinds import are_flags, infer_labels
+from finetuning.labels import MULTI, REGRESSION, SINGLE, Labels, feature_names, follow_model, labels_of_model
 from finetuning.model import ModelArguments
+from finetuning.reading import CLASS, DROP, drop_missing_labels, join_label_columns, kept_reading, recall_reading
 from finetuning.run import closest
 from hf_rdrop.metrics import Glue, SequenceClassification
 
@@ -48,14 +42,30 @@ class GlueArguments(DataArguments):
         metadata={"help": f"GLUE task: {', '.join(GLUE_TASKS)}. With files: these hold that task's columns."},
     )
     text_columns: list[str] | None = field(
-        default=None, metadata={"help": "One text column, or two for pairs. Default: the task's, or by their names."}
+        default=None,
+        metadata={
+            "help": "One text column, or two for pairs. Default: the task's; without training, those that the model "
+            "was trained on; else found by name and content where only one choice is possible."
+        },
     )
-    label_column: str = field(default="label", metadata={"help": "Column of the labels."})
+    label_column: str | None = field(default=None, metadata={"help": "Column of the labels. Default: label."})
+    label_columns: list[str] | None = field(
+        default=None, metadata={"help": "Columns of 0 and 1, one for each class, of which several may apply to a row."}
+    )
+    missing_label: str | None = field(
+        default=None,
+        metadata={
+            "help": "Rows without a label, and -1 beside 0, 1, ... or - beside names, which often marks them. drop: "
+            "leave them out of training and validation, and say how many; class: such a mark is a class. Default: "
+            "refuse.",
+            "choices": [DROP, CLASS],
+        },
+    )
     problem_type: str | None = field(
         default=None,
         metadata={
-            "help": "Kind of labels. Default: by their type (strings and whole numbers: classes; real numbers: "
-            "regression; lists: several classes at once).",
+            "help": "Kind of labels. Default: by their type (strings and whole numbers, also 0.0 and 1.0: classes; "
+            "other real numbers: regression; lists: several classes at once).",
             "choices": [SINGLE, MULTI, REGRESSION],
         },
     )
@@ -86,6 +96,15 @@ class GlueArguments(DataArguments):
             raise ValueError("no data: give --task_name, --dataset_name, or --train_file and --validation_file.")
         if self.text_columns and len(self.text_columns) > 2:
             raise ValueError(f"--text_columns takes one column, or two for pairs; got {', '.join(self.text_columns)}.")
+        if self.label_columns and (self.label_column or self.task_name or self.problem_type not in (None, MULTI)):
+            raise ValueError(
+                "--label_columns names a column of 0 and 1 for each of several classes, so --label_column, "
+                "--task_name and another --problem_type have no meaning beside it: leave them out."
+            )
+        if self.label_columns and len(set(self.label_columns)) < max(2, len(self.label_columns)):
+            raise ValueError(
+                f"--label_columns takes two or more different columns; got {', '.join(self.label_columns)}."
+            )
         if not 0 <= self.label_noise <= 1:
             raise ValueError(f"--label_noise is a share of the rows, from 0 to 1; got {self.label_noise}.")
         if self.max_seq_length < 3:
@@ -104,21 +123,33 @@ def load_data(data_args: GlueArguments, model_args: ModelArguments, **wanted: bo
     return load_splits(data_args, model_args, splits)
 
 
+def settle_labels(data_args: GlueArguments, splits: dict[str, Dataset], config: Any) -> dict[str, Dataset]:
+    """Settle which columns are meant, and return the splits with their labels in one column, `data_args.label_column`.
+
+    Raises:
+        ValueError: a column of the labels is missing, or does not hold what it must.
+    """
+    recall_reading(data_args, config, splits)
+    column = data_args.label_column
+    if data_args.label_columns:
+        names = list(map(str, config.id2label.values()))
+        if sorted(names) == sorted(data_args.label_columns):
+            data_args.label_columns = names  # in the order of the model's outputs
+        splits = join_label_columns(splits, data_args.label_columns, column)
+    for split, dataset in splits.items():
+        if not split.startswith("test"):
+            require_columns(dataset, [column], split, "label_column, or --label_columns for several of 0 and 1")
+    return drop_missing_labels(splits, column) if data_args.missing_label == DROP else splits
+
+
 def choose_text_columns(data_args: GlueArguments, splits: dict[str, Dataset]) -> list[str]:
-    """Choose one text column or a pair: as given, the task's, or found by name; checked in every split."""
+    """Choose one text column or a pair: as given, the task's, or the only possible choice; checked in every split."""
     task_columns = GLUE_TASKS[data_args.task_name][0] if data_args.task_name else None
     columns = data_args.text_columns or task_columns
     if columns is None:
-        features = next(iter(splits.values())).features
-        names = [n for n, f in features.items() if n != data_args.label_column and getattr(f, "dtype", "") == "string"]
+        split, dataset = next(iter(splits.items()))
         known = [task[0] for task in GLUE_TASKS.values()] + [["text"]]
-        columns = next((pair for pair in known if set(pair) <= set(names)), names[:2])
-        if not columns:
-            raise ValueError(
-                f"no column holds text: the columns of the {next(iter(splits))} data are "
-                f"{', '.join(features):.300}. Check the data."
-            )
-        logger.info("Text columns: %s (choose others with --text_columns).", ", ".join(columns))
+        columns = find_text_columns(dataset, split, known, without=[data_args.label_column or "label"])
     for split, dataset in splits.items():
         require_columns(dataset, columns, split, "text_columns")
         check_text(dataset, columns, split)
@@ -128,17 +159,20 @@ def choose_text_columns(data_args: GlueArguments, splits: dict[str, Dataset]) ->
 def choose_labels(data_args: GlueArguments, splits: dict[str, Dataset], config: Any) -> Labels:
     """Choose the meaning of labels: by the task, the training data, or the model when the run does not train."""
     column = data_args.label_column
-    for split, dataset in splits.items():
-        if not split.startswith("test"):
-            require_columns(dataset, [column], split, "label_column")
-    features = next(iter(splits.values())).features
-    names = GLUE_TASKS[data_args.task_name][1] if data_args.task_name else feature_names(features.get(column))
+    dataset = next(iter(splits.values()))
+    names = GLUE_TASKS[data_args.task_name][1] if data_args.task_name else feature_names(dataset.features.get(column))
     problem_type = REGRESSION if data_args.task_name == "stsb" else data_args.problem_type
     if "train" not in splits:
-        return labels_of_model(config, names)
-    return follow_model(
-        infer_labels(list(splits["train"][column]), column, "train", names, problem_type), config, training=True
-    )
+        flags = bool(data_args.label_columns) or kept_reading(config).get("flags")
+        if flags is None and column in dataset.column_names:
+            flags = are_flags(list(dataset[column]))
+        return labels_of_model(config, names, bool(flags))
+    if data_args.label_columns:
+        labels = Labels(MULTI, list(data_args.label_columns), flags=True)
+    else:
+        refuse = data_args.missing_label != CLASS
+        labels = infer_labels(list(splits["train"][column]), column, "train", names, problem_type, refuse)
+    return follow_model(labels, config, training=True)
 
 
 def tokenize(

@@ -14,7 +14,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from finetuning.data import DataArguments, load_splits, require_columns, splits_to_load
-from finetuning.labels import SINGLE, Labels, feature_names, follow_model, infer_labels, labels_of_model
+from finetuning.label_kinds import infer_labels
+from finetuning.labels import SINGLE, Labels, feature_names, follow_model, labels_of_model
 from finetuning.model import ModelArguments
 
 logger = logging.getLogger(f"hf_rdrop.scripts.{__name__}")

@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from finetuning.data import DataArguments, check_text, load_splits, require_columns
 from finetuning.files import FORMATS, TEXT
+from finetuning.unfit import unfit_columns
 from hf_rdrop.objective.heads import shifted_labels
 
 logger = logging.getLogger(f"hf_rdrop.scripts.{__name__}")
@@ -101,8 +102,9 @@ def load_texts(data_args: ClmArguments, model_args: Any, wanted: list[str]) -> d
         splits = {split: dataset.flatten() for split, dataset in splits.items()}
     first = next(iter(splits))
     columns = [name for name, kind in splits[first].features.items() if getattr(kind, "dtype", "") == "string"]
+    columns += unfit_columns(splits[first])
     column = data_args.text_column or ("text" if "text" in columns or len(columns) != 1 else columns[0])
-    if data_args.text_column is None and column not in splits[first].column_names:
+    if data_args.text_column is None and column not in (*splits[first].column_names, *columns):
         raise ValueError(
             f"it is unclear which column of the {first} data holds the texts: give --text_column with one of "
             f"{', '.join(splits[first].column_names):.300}."

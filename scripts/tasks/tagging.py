@@ -12,7 +12,10 @@ from transformers import EvalPrediction
 
 from finetuning.data import DataArguments, require_columns
 from finetuning.labels import SINGLE, Labels, collect_names, feature_names, follow_model, labels_of_model, sort_names
+from finetuning.unfit import check_fit
 from hf_rdrop.metrics import Seqeval
+from tasks.column_files import read_words
+from tasks.tag_schemes import PREFIX, SUFFIX, complete, find_shape, join_tag, split_tag
 
 logger = logging.getLogger(f"hf_rdrop.scripts.{__name__}")
 
@@ -26,6 +29,16 @@ class NerArguments(DataArguments):
     )
     text_column_name: str = field(default="tokens", metadata={"help": "Column of the lists of words."})
     label_column_name: str | None = field(default=None, metadata={"help": "Column of the tags, if of another name."})
+    column_positions: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Files with a word and its tag on each line (CoNLL): the columns of word and tag, counted from 1, "
+            "or from the end as -1. Default: 1 and -1 (pos: 2, chunk: 3 of four columns)."
+        },
+    )
+    sentence_column_name: str | None = field(
+        default=None, metadata={"help": "csv files with a row for each word: column of the sentences' numbers."}
+    )
     max_seq_length: int | None = field(
         default=None,
         metadata={"help": "Longest input in tokens; words beyond it are lost. Default: what the model can take."},
@@ -44,16 +57,34 @@ class NerArguments(DataArguments):
             raise ValueError("no data: give --dataset_name, or --train_file and --validation_file.")
         if self.max_seq_length is not None and self.max_seq_length < 3:
             raise ValueError(f"--max_seq_length must be at least 3, got {self.max_seq_length}.")
+        if self.column_positions and len(self.column_positions) != 2:
+            raise ValueError(
+                "--column_positions takes two numbers, of word and tag; got "
+                f"{' '.join(map(str, self.column_positions))}."
+            )
         self.label_column_name = self.label_column_name or f"{self.task_name.lower()}_tags"
 
 
 # ---- Data ----
 
 
+def read_file(path: str, data_args: NerArguments) -> Dataset:
+    """Read a file of words and tags: rows of lists, or a word and its tag on each line."""
+    return read_words(
+        path,
+        data_args.text_column_name,
+        data_args.label_column_name,
+        data_args.column_positions,
+        data_args.sentence_column_name,
+        data_args.task_name.lower(),
+    )
+
+
 def check_rows(dataset: Dataset, split: str, data_args: NerArguments) -> None:
     """Check that each row is a list of words and, where there are tags, as many of them."""
     words_column, tags_column = data_args.text_column_name, data_args.label_column_name
     require_columns(dataset, [words_column], split, "text_column_name")
+    check_fit(dataset, tags_column)
     if split != "test":
         require_columns(dataset, [tags_column], split, "label_column_name")
     tags = list(dataset[tags_column]) if tags_column in dataset.column_names else [None] * len(dataset)
@@ -84,22 +115,22 @@ def choose_labels(data_args: NerArguments, splits: dict[str, Dataset], config: A
             f"the train data hold no other tag in column {column!r} than {', '.join(seen) or 'none':.300}: there is "
             "nothing to tell apart. Choose another column, or check how the file was made."
         )
-    odd = [name for name in seen if not has_chunks([name])]
-    if odd and any(name[:2] == "B-" for name in seen):
+    if unwritable := next((name for name in seen if re.search(r"[\t\n\r]", name)), None):
+        raise ValueError(
+            f"the tag {unwritable!r:.60} in column {column!r} of the train data holds a tab or a line break, so "
+            "predictions could not be told apart. Rename it."
+        )
+    odd = [name for name in seen if find_shape([name]) is None]
+    if find_shape(seen) is None and any(name[:2] == "B-" for name in seen):
+        odd = odd or [name for name in seen if PREFIX.fullmatch(name) is None and name != "O"]
         logger.warning(
             "The tag %s marks no span as B-... and I-... do, so accuracy alone is reported, and no F1. Correct it if "
             "it is a slip.",
             odd[0],
         )
-    if names is None and has_chunks(seen) and any(name[:2] == "I-" for name in seen):
-        # A type that only ever had one word in training may have more elsewhere.
-        seen = sort_names({*seen, *(f"I-{name[2:]}" for name in seen if name[:2] == "B-")})
+    if names is None:
+        seen = sort_names(complete(seen))
     return follow_model(Labels(SINGLE, names or seen, names), config, training=True)
-
-
-def has_chunks(names: Sequence[str]) -> bool:
-    """Tell whether the tags mark spans (B-person, I-person, O) rather than single words (NOUN, VERB)."""
-    return all(re.fullmatch(r"O|[BIESLU]-.+", name) for name in names)
 
 
 def read_targets(dataset: Dataset, split: str, labels: Labels, data_args: NerArguments) -> list[list[int]] | None:
@@ -117,6 +148,14 @@ def read_targets(dataset: Dataset, split: str, labels: Labels, data_args: NerArg
     return targets
 
 
+def _rest_of_word(name: str, names: Sequence[str]) -> str:
+    """Return the tag of a word's further sub-tokens: B- becomes I- inside it."""
+    shape = find_shape(names)
+    letter, kind = split_tag(name, shape) if shape else ("", "")
+    rest = join_tag("I", kind, shape) if shape and letter == "B" else name
+    return rest if rest in names else name
+
+
 def tokenize(
     dataset: Dataset,
     split: str,
@@ -130,10 +169,7 @@ def tokenize(
     A word is labelled on its first sub-token (with --label_all_tokens and for training, on all), the rest is -100.
     """
     words_column = data_args.text_column_name
-    inside = [
-        labels.names.index(f"I-{name[2:]}") if name[:2] == "B-" and f"I-{name[2:]}" in labels.names else index
-        for index, name in enumerate(labels.names)
-    ]
+    inside = [labels.names.index(_rest_of_word(name, labels.names)) for name in labels.names]
     label_all = data_args.label_all_tokens and split == "train"
     # RoBERTa's kind of tokenizer knows a word by the blank before it, which words in a list have lost.
     blank = " " if "ByteLevel" in repr(tokenizer.backend_tokenizer.pre_tokenizer) else ""
@@ -197,12 +233,12 @@ def compute_metrics(p: EvalPrediction, labels: Labels, data_args: NerArguments) 
     """seqeval's entity scores over the words' first sub-tokens; accuracy alone where the tags mark no spans."""
     pairs = [(row[gold != -100], gold[gold != -100]) for row, gold in zip(p.predictions, p.label_ids, strict=True)]
     predictions, references = ([[labels.names[i] for i in row] for row in side] for side in zip(*pairs, strict=True))
-    if not has_chunks(labels.names):
+    if (shape := find_shape(labels.names)) is None:
         words = [
             a == b for row, gold in zip(predictions, references, strict=True) for a, b in zip(row, gold, strict=True)
         ]
         return {"accuracy": float(np.mean(words))}
-    scores = Seqeval().compute(predictions=predictions, references=references)
+    scores = Seqeval().compute(predictions=predictions, references=references, suffix=shape is SUFFIX)
     metrics = {name: scores[f"overall_{name}"] for name in ("precision", "recall", "f1", "accuracy")}
     if data_args.return_entity_level_metrics:
         types = {name: score for name, score in scores.items() if isinstance(score, dict)}
@@ -211,12 +247,16 @@ def compute_metrics(p: EvalPrediction, labels: Labels, data_args: NerArguments) 
 
 
 def format_predictions(predictions: np.ndarray, first: list[list[int]], words: list[list[str]], labels: Labels) -> str:
-    """Write one line a row with one tag a word; words that were lost to the model get O, or _ where there is no O."""
+    """Write one line a row with one tag a word; words that were lost to the model get O, or _ where there is no O.
+
+    Between tags is a blank, or a tab where there are blanks in tags.
+    """
+    between = "\t" if any(re.search(r"\s", name) for name in labels.names) else " "
     lines = []
     for row, row_first, row_words in zip(predictions, first, words, strict=True):
         tags = ["O" if "O" in labels.names else "_"] * len(row_words)
         for index, word in zip(row, row_first, strict=False):  # the predictions are padded
             if word >= 0:
                 tags[word] = labels.names[index]
-        lines.append(" ".join(tags) + "\n")
+        lines.append(between.join(tags) + "\n")
     return "".join(lines)

@@ -11,6 +11,7 @@ from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq, EvalPrediction
 
 from finetuning.data import DataArguments, require_columns
+from finetuning.unfit import check_fit
 from hf_rdrop.metrics import Rouge, SacreBleu
 
 logger = logging.getLogger(f"hf_rdrop.scripts.{__name__}")
@@ -23,6 +24,16 @@ BLEU_TOKENIZERS = {"zh": "zh", "ja": "char", "th": "char", "lo": "char", "km": "
 class TranslationArguments(DataArguments):
     """Data: pairs of texts, from the Hub or from files."""
 
+    train_file: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Training data: one file (.csv, .tsv, .json, .jsonl, also .gz; .parquet, .arrow; .tmx), or two "
+            "text files, source and target, of a sentence a line: pair.en pair.de, or PREFIX for PREFIX.en and "
+            "PREFIX.de."
+        },
+    )
+    validation_file: list[str] | None = field(default=None, metadata={"help": "Validation data, in the same formats."})
+    test_file: list[str] | None = field(default=None, metadata={"help": "Data to predict; targets may be missing."})
     source_lang: str | None = field(default=None, metadata={"help": "Language to translate from: a key of each row."})
     target_lang: str | None = field(default=None, metadata={"help": "Language to translate to: a key of each row."})
     text_column: str | None = field(default=None, metadata={"help": "Summarisation: column of the full texts."})
@@ -77,6 +88,7 @@ def read_pairs(dataset: Dataset, split: str, data_args: TranslationArguments) ->
         for name, argument in zip(names, arguments, strict=True):
             if name == names[0] or split != "test":
                 require_columns(dataset, [name], split, argument)
+    check_fit(dataset, *names)
     flat = data_args.text_column is not None or set(names) <= set(dataset.column_names)
     if not flat:
         require_columns(dataset, ["translation"], split)

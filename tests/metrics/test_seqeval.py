@@ -65,6 +65,53 @@ def test_seqeval_strict_mode():
     assert strict["overall_recall"] == 0.5
 
 
+@pytest.mark.parametrize("suffix", [False, True])
+@pytest.mark.parametrize("letters", ["BIES", "BILU", "BMES", "BMEW"])
+def test_seqeval_reads_every_scheme_alike(letters, suffix):
+    """Tags with their last and single words marked score as the same spans in IOB2 do, neighbours included."""
+    rng = np.random.default_rng(5)
+    actual = [random_tags(rng, length) for length in rng.integers(1, 12, 60)]
+    predicted = [tags if rng.random() < 0.6 else random_tags(rng, len(tags)) for tags in actual]
+
+    def marked(tags):
+        begin, inside, end, single = letters
+        result = ["O"] * len(tags)
+        for _, first, last in naive_spans(tags):
+            name = tags[first][2:]
+            shapes = [single] if first == last else [begin, *inside * (last - first - 1), end]
+            for place, letter in enumerate(shapes, first):
+                result[place] = f"{name}-{letter}" if suffix else f"{letter}-{name}"
+        return result
+
+    expected = Seqeval().compute(predictions=predicted, references=actual)
+    sides = {"predictions": list(map(marked, predicted)), "references": list(map(marked, actual))}
+    found = Seqeval().compute(**sides, suffix=suffix)
+    assert {k: v for k, v in found.items() if "acc" not in k} == {k: v for k, v in expected.items() if "acc" not in k}
+    if letters in ("BIES", "BILU"):
+        strict = Seqeval().compute(**sides, suffix=suffix, mode="strict")
+        assert strict["overall_f1"] == pytest.approx(expected["overall_f1"])
+
+
+def test_seqeval_tells_one_entity_of_two_words_from_two_of_one():
+    found = Seqeval().compute(predictions=[["B-PER", "L-PER"]], references=[["U-PER", "U-PER"]])
+    assert found["overall_f1"] == found["overall_accuracy"] == 0.0 and found["PER"]["number"] == 2
+
+
+@pytest.mark.parametrize(
+    ("tags", "options", "words"),
+    [
+        (["B-x", "L-x", "S-x"], {}, "belong to no scheme"),
+        (["x-B", "O"], {}, "suffix=True"),
+        (["B-x", "O"], {"suffix": True}, "suffix=False"),
+        (["NOUN"], {}, "marks no span"),
+        (["I-x"], {"mode": "strict"}, "needs a scheme.*IOB1, IOB2"),
+    ],
+)
+def test_seqeval_refuses_tags_of_no_scheme(tags, options, words):
+    with pytest.raises(ValueError, match=words):
+        Seqeval().compute(predictions=[tags], references=[tags], **options)
+
+
 def test_seqeval_without_entities():
     nothing = [["O", "O"], []]
     result = Seqeval().compute(predictions=nothing, references=nothing)
