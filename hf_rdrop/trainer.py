@@ -179,8 +179,10 @@ class RDropMixin(CleanPushMixin, ResumeMixin, _AnyTrainer):
 
         (In place of the base class's count, which does not know what each head's own loss averages over.)
         """
-        if batch_samples and self.is_in_train:  # (not the parent's _prepare_inputs, which may generate or count)
-            self.rdrop_run.measure(self.model_wrapped, self._prepare_input(batch_samples[0]))
+        for batch in batch_samples:
+            if self.is_in_train and not self.rdrop_run.measured:
+                # (Not by the parent's _prepare_inputs, which may generate or count.)
+                self.rdrop_run.measure(self.model_wrapped, self._prepare_input(batch))
         across = self.args.average_tokens_across_devices and self.args.world_size > 1
         return self.rdrop_run.items.of_step(batch_samples, device, self.accelerator.gather if across else None)
 

@@ -47,6 +47,7 @@ class TrainingRun:
     Attributes:
         settings: R-Drop's arguments, as they were when they were last read.
         items: counts what a mean is over.
+        measured: whether it is known which positions a language model's loss scores.
         trunk: the shared lower layers, None when nothing is shared.
         fused_head: computes the loss itself from the first batch on; None when the full logits are used.
     """
@@ -69,7 +70,7 @@ class TrainingRun:
         self.trunk: SharedTrunk | None = None
         self.fused_head: FusedHead | None = None
         self._sub_models: SubModels | None = None
-        self._prepared = self._tried_out = self._measured = self._compared = False
+        self._prepared = self._tried_out = self.measured = self._compared = False
         self.items = ItemCounts(layout, unlabeled=False)
         self.read(Settings.of(args))
 
@@ -83,9 +84,9 @@ class TrainingRun:
         Raises:
             ValueError: when alpha is above 0 and it cannot be known which predictions count.
         """
-        if self._measured:
+        if self.measured:
             return
-        self._measured, labels = True, inputs.get("labels") if isinstance(inputs, Mapping) else None
+        self.measured, labels = True, inputs.get("labels") if isinstance(inputs, Mapping) else None
         if not isinstance(labels, Tensor) or labels.dim() != 2 or labels.is_floating_point():
             return
         if find_output_embeddings(self.model) is None or getattr(self.model, "is_quantized", False):
@@ -102,7 +103,7 @@ class TrainingRun:
             if self.settings.alpha and self.logits_for_agreement is None and self.parent_loss.reader is None:
                 raise
             return
-        self._measured = not again
+        self.measured = not again
         if shifts is not None and shifts != self.layout.shifts_labels:
             self.layout = self.items.layout = self.layout._replace(shifts_labels=shifts)
             self.read(self.settings)

@@ -316,7 +316,7 @@ def test_a_loss_of_ones_own_needs_the_logits():
     with pytest.raises(ValueError, match=r"Reweighted\.compute_loss gets"):
         loss_and_gradients(make_trainer(model, trainer_class=Ours, rdrop_fused_head="on"), make_batch("causal"))
     with pytest.raises(ValueError, match="compute_loss_func"):
-        kwargs = {"compute_loss_func": lambda outputs, labels, num_items_in_batch: outputs.logits.sum()}
+        kwargs = {"compute_loss_func": lambda outputs, labels, num_items_in_batch: outputs.logits.mean()}
         loss_and_gradients(make_trainer(model, rdrop_fused_head="on", trainer_kwargs=kwargs), make_batch("causal"))
 
 

@@ -5,12 +5,13 @@ The tests make the same runs in one process, for comparison.
 
 import sys
 
+import peft
 import torch
 import torch.distributed as dist
-from transformers import TrainerCallback
+from transformers import BartConfig, BartForCausalLM, TrainerCallback
 
 from hf_rdrop import RDropTrainer
-from support.settings import HEADS, TINY, arguments, make_passes_differ, rows_for
+from support.settings import HEADS, TINY, arguments, causal_rows, hide_labels, make_passes_differ, rows_for
 from support.training import HEADS as BASIC
 from support.training import InOrder, make_model, make_rows, step_logs, train
 
@@ -179,6 +180,21 @@ def run_by_length(**args):
     return run("single", 3, 1, model, rows, has_dropout=True, **order, **args)["seen"]
 
 
+def run_unshifted(adapter=False, **args):
+    """A language model that does not shift its labels, though its class is among those that do; the labelled rows of
+    each step are all on the second of two ranks."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "d_model": 16, "decoder_layers": 1, "decoder_ffn_dim": 32, "decoder_attention_heads": 2}
+    model = BartForCausalLM(BartConfig(**sizes, dropout=TINY, init_std=0.3))
+    if adapter:
+        model = peft.get_peft_model(
+            model, peft.LoraConfig(target_modules=["self_attn.q_proj"], init_lora_weights=False)
+        )
+    rows = [hide_labels(row) if i // 2 % 2 == 0 else row for i, row in enumerate(causal_rows())]
+    args = {"max_steps": 2, "ddp_find_unused_parameters": True, **args}
+    return run("causal", 2, 4, model, InOrder(rows), has_dropout=True, **args)
+
+
 def of_all_ranks(value):
     """What each rank has: a list on rank 0, None elsewhere."""
     values = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
@@ -196,6 +212,7 @@ def main(output, part):
     found["per rank"] = {head: run(head, *ACCUMULATED, **own, **gloo) for head in chosen["per rank"]}
     if part == "quick":
         found |= {"masks": record_masks(**gloo), "by length": run_by_length(**gloo)}
+        found["unshifted"] = [run_unshifted(adapter, **gloo) for adapter in (False, True)]
     else:
         found["options"] = [
             (name, head, option, run(head, *split, ddp_options=(name,), option=option, **gloo))

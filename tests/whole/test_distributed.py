@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_rdrop.dropout import draw_own_masks
-from support.distributed_worker import DDP_OPTIONS, PARTS, UNEVEN, run
+from support.distributed_worker import DDP_OPTIONS, PARTS, UNEVEN, run, run_unshifted
 from support.processes import assert_same, launch
 from support.settings import arguments
 from support.training import InOrder
@@ -150,3 +150,11 @@ def test_length_grouping_gives_every_row_to_one_rank(ranks):
         assert len(rows) == len(set(rows)) == 24
         orders.append(rows)
     assert orders[0] != orders[1]
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_all_ranks_measure_the_same_shift_though_one_has_no_labels(ranks, adapter):
+    expected = run_unshifted(adapter, gradient_accumulation_steps=8)
+    for rank in ranks("quick"):
+        found = rank["unshifted"][adapter]
+        assert [log[:2] for log in found["logs"]] == [pytest.approx(log[:2], rel=2e-5) for log in expected["logs"]]
