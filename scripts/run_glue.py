@@ -23,7 +23,7 @@ from finetuning.trainer import ReportArguments, ScriptMixin, padding_multiple
 from finetuning.unlabeled import UnlabeledArguments, load_unlabeled, no_targets
 from finetuning.unlabeled_batches import UnlabeledMixin
 from hf_rdrop import RDropTrainer, RDropTrainingArguments
-from tasks.classification import flip_labels, predict_labels, read_targets, score
+from tasks.classification import flip_labels, metric_names, predict_labels, read_targets, score
 from tasks.glue import (
     GlueArguments,
     build_metric,
@@ -105,6 +105,7 @@ def main(
         args=training_args,
         card=card,
         consistency_samples=report_args.consistency_samples,
+        metric_names=metric_names(labels, compute),
         train_dataset=data.get("train"),
         unlabeled=unlabeled,
         unlabeled_ratio=unlabeled_args.ratio,

@@ -35,7 +35,7 @@ from finetuning.run import cli, parse_arguments, start_run
 from finetuning.trainer import ReportArguments, ScriptMixin, padding_multiple
 from hf_rdrop import RDropSeq2SeqTrainer, RDropSeq2SeqTrainingArguments
 from tasks.parallel_texts import read_translations
-from tasks.translation import PairCollator, TranslationArguments, decode, read_pairs, score_against, tokenize
+from tasks.translation import METRICS, PairCollator, TranslationArguments, decode, read_pairs, score_against, tokenize
 
 logger = logging.getLogger(f"hf_rdrop.scripts.{__name__}")
 
@@ -115,6 +115,7 @@ def main(
         args=training_args,
         card=card,
         consistency_samples=report_args.consistency_samples,
+        metric_names=METRICS[data_args.summary_column is not None] if training_args.predict_with_generate else (),
         train_dataset=data.get("train"),
         eval_dataset=data.get("validation"),
         processing_class=tokenizer,

@@ -193,7 +193,8 @@ class TrainingRun:
             self._compared = True
             if self.objective.with_hidden or own or self._sub_models is not None:  # which may be equal by chance
                 return found
-            check_passes_differ(self.model, found.divergence, self.items.compared(inputs))
+            count = self.items.compared if self.settings.unlabeled else self.items.labelled
+            check_passes_differ(self.model, found.divergence, count(inputs))
         return found
 
     def _terms(

@@ -161,11 +161,14 @@ def _csv_rows(file: Path, text: str, suffix: str, delimiter: str | None) -> Iter
             raise ValueError(
                 f"{file}, line 1: the header names {sorted(repeated)!s:.300} more than once. Rename the columns."
             )
+        advice = "A field that holds the separator must be in quotation marks (csv)."
+        if suffix == ".tsv":
+            advice = "Fields are parted by tabs, and quotation marks are plain text: correct or remove the line."
         for row in reader:
             if row and len(row) != len(header):
                 raise ValueError(
                     f"{file}, line {reader.line_num}: {len(row)} fields, but the header has {len(header)} "
-                    f"({', '.join(header):.300}). A field that holds the separator must be in quotation marks (csv)."
+                    f"({', '.join(header):.300}). {advice}"
                 )
             if row:
                 yield dict(zip(header, row, strict=True))

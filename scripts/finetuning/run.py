@@ -15,6 +15,7 @@ import datasets
 import torch
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
+from finetuning.renamed import check_renamed
 from hf_rdrop.checkpoints import checkpoint_to_resume, last_finished
 from hf_rdrop.sigterm import STATUS
 from hf_rdrop.training_args import check_removed
@@ -46,6 +47,8 @@ def parse_arguments(classes: Sequence[type], argv: list[str] | None, description
     if unknown:
         check_removed(map(option_name, unknown))
         known = [option for action in parser._actions for option in action.option_strings]
+        if "--eval_strategy" in known:  # of TrainingArguments
+            check_renamed(map(option_name, unknown), map(option_name, known))
         raise ValueError(f"unknown argument {unknown[0]}{closest(unknown[0], known)}. --help lists all arguments.")
     return parsed
 
@@ -89,6 +92,8 @@ def _json_arguments(parser: HfArgumentParser, file: Path) -> list[str]:
     check_removed(values)
     for name, value in values.items():
         if name not in actions:
+            if "eval_strategy" in actions:
+                check_renamed([name], actions)
             raise ValueError(f"unknown argument {name!r} in {file}{closest(name, actions)}.")
         if isinstance(value, list):
             actions[name].nargs = "+"

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from transformers import TrainerCallback, TrainingArguments
 
 from finetuning.results import LAST_RESULT_FILE, read_json, remove_results, write_file, write_json
-from finetuning.run import RESUME_OPTION
+from finetuning.run import RESUME_OPTION, closest
 from hf_rdrop import measure_consistency
 from hf_rdrop.cards.card import check_evidence
 from hf_rdrop.checkpoints.integrity import CheckpointError, how_to_go_on, why_not_written
@@ -61,6 +62,19 @@ class ReportArguments:
             )
 
 
+_SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+
+
+def _check_best_metric(args: TrainingArguments, names: Iterable[str]) -> None:
+    """Refuse a metric that no evaluation will have, before the first one is over."""
+    wanted, names = args.metric_for_best_model, ["loss", *names]
+    if wanted and wanted.removeprefix("eval_") not in (*names, *_SPEED):
+        raise ValueError(
+            f"--metric_for_best_model {wanted}: the evaluation of this run has no such metric"
+            f"{closest(wanted, names)}. It has: {', '.join(names):.300}."
+        )
+
+
 class ScriptMixin:
     """Additions of the scripts to any Trainer: rows in a known order, and no trace of a run that was refused.
 
@@ -69,18 +83,27 @@ class ScriptMixin:
     - What cannot work is refused before the first step, without leaving an output folder behind.
     - SIGTERM saves a checkpoint and stops (`SaveOnSigterm`); a full disk is told with the last whole checkpoint.
     - With `consistency_samples`, dropout off is compared with so many sub-models (`run_consistency`).
+    - `metric_names` are those that an evaluation will have: --metric_for_best_model must be among them.
     - `card` are the arguments of `create_model_card`; what cannot be shown is refused here.
     """
 
     resume_option = RESUME_OPTION
 
     def __init__(
-        self, *, args: TrainingArguments, card: dict[str, Any], consistency_samples: int = 0, **kwargs: Any
+        self,
+        *,
+        args: TrainingArguments,
+        card: dict[str, Any],
+        consistency_samples: int = 0,
+        metric_names: Iterable[str] | None = None,
+        **kwargs: Any,
     ) -> None:
         self._own_folder = not Path(args.output_dir).exists()
         self.card, self.consistency_samples, self.consistency = card, consistency_samples, {}
         try:
             check_evidence(args, **card)
+            if metric_names is not None:
+                _check_best_metric(args, metric_names)
             super().__init__(args=args, **kwargs)
             if args.do_train:
                 self.check_setup()

@@ -3,19 +3,21 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
 
 from finetuning.columns import find_text_columns
-from finetuning.data import DataArguments, check_text, load_splits, require_columns
+from finetuning.data import DataArguments, check_text, load_splits, require_columns, splits_to_load
 from finetuning.label_kinds import are_flags, infer_labels
 from finetuning.labels import MULTI, REGRESSION, SINGLE, Labels, feature_names, follow_model, labels_of_model
 from finetuning.model import ModelArguments
 from finetuning.reading import CLASS, DROP, drop_missing_labels, join_label_columns, kept_reading, recall_reading
 from finetuning.run import closest
 from hf_rdrop.metrics import Glue, SequenceClassification
+from tasks.glue_files import find_file, read_glue
 
 logger = logging.getLogger(f"hf_rdrop.scripts.{__name__}")
 
@@ -40,6 +42,12 @@ class GlueArguments(DataArguments):
     task_name: str | None = field(
         default=None,
         metadata={"help": f"GLUE task: {', '.join(GLUE_TASKS)}. With files: these hold that task's columns."},
+    )
+    glue_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of GLUE's original files (CoLA/train.tsv, ...), or of one task of it, instead of the Hub."
+        },
     )
     text_columns: list[str] | None = field(
         default=None,
@@ -92,6 +100,10 @@ class GlueArguments(DataArguments):
                     f"{', '.join(GLUE_TASKS)}. For other data leave it out and give --dataset_name or --train_file."
                 )
             setattr(self, name, value and value.lower())
+        if self.glue_dir and (not self.task_name or self.dataset_name or self.train_file or self.validation_file):
+            raise ValueError(
+                "--glue_dir holds the data of --task_name: give that, and neither --dataset_name nor files."
+            )
         if not (self.task_name or self.dataset_name or self.train_file or self.validation_file or self.test_file):
             raise ValueError("no data: give --task_name, --dataset_name, or --train_file and --validation_file.")
         if self.text_columns and len(self.text_columns) > 2:
@@ -114,13 +126,18 @@ class GlueArguments(DataArguments):
 def load_data(data_args: GlueArguments, model_args: ModelArguments, **wanted: bool) -> dict[str, Dataset]:
     """Load the splits of the run by name; `wanted` says which of train, validation and test it needs."""
     files = data_args.train_file or data_args.validation_file or data_args.test_file
-    if not files and not data_args.dataset_name:
+    if not (files or data_args.dataset_name or data_args.glue_dir):
         data_args = replace(data_args, dataset_name="nyu-mll/glue", dataset_config_name=data_args.task_name)
     splits = [split for split, is_wanted in wanted.items() if is_wanted]
     if data_args.task_name == "mnli" and not files:
         both = [(split,) if split == "train" else (f"{split}_matched", f"{split}_mismatched") for split in splits]
         splits = [name for pair in both for name in pair]
-    return load_splits(data_args, model_args, splits)
+    task = data_args.task_name
+    if data_args.glue_dir:
+        paths = {split: find_file(data_args.glue_dir, task, split) for split in splits_to_load(data_args, splits)}
+        return {split: read_glue(path, task) for split, path in paths.items()}
+    read = partial(read_glue, task=task, delimiter=data_args.delimiter) if task else None
+    return load_splits(data_args, model_args, splits, read=read)
 
 
 def settle_labels(data_args: GlueArguments, splits: dict[str, Dataset], config: Any) -> dict[str, Dataset]:

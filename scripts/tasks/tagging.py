@@ -246,6 +246,12 @@ def compute_metrics(p: EvalPrediction, labels: Labels, data_args: NerArguments) 
     return metrics
 
 
+def metric_names(labels: Labels, data_args: NerArguments) -> list[str]:
+    """Return the names of the metrics that an evaluation will have, if every tag occurs in it."""
+    every = np.arange(len(labels.names))[None]
+    return list(compute_metrics(EvalPrediction(every, every), labels, data_args))
+
+
 def format_predictions(predictions: np.ndarray, first: list[list[int]], words: list[list[str]], labels: Labels) -> str:
     """Write one line a row with one tag a word; words that were lost to the model get O, or _ where there is no O.
 

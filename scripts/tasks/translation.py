@@ -19,6 +19,9 @@ logger = logging.getLogger(f"hf_rdrop.scripts.{__name__}")
 # BLEU counts words; these languages write none, so sacreBLEU is told to cut the text otherwise.
 BLEU_TOKENIZERS = {"zh": "zh", "ja": "char", "th": "char", "lo": "char", "km": "char", "my": "char"}
 
+_TEXT = ("bleu", "chrf", "gen_len")
+METRICS = {False: _TEXT, True: (*_TEXT, "rouge1", "rouge2", "rougeL", "rougeLsum")}  # of summaries as well
+
 
 @dataclass
 class TranslationArguments(DataArguments):
