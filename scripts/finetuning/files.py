@@ -202,7 +202,8 @@ def _read_arrow(file: Path, suffix: str) -> Dataset:
                     table = pa.ipc.open_stream(source).read_all()
     except (pa.ArrowException, OSError, EOFError) as error:
         raise ValueError(
-            f"{file} is no complete {suffix[1:]} file ({' '.join(str(error).split()):.200}): copy or write it again."
+            f"{file} is not complete, or of no known format for {suffix} ({' '.join(str(error).split()):.200}): copy "
+            "or write it again."
         ) from error
     if table.num_rows == 0:
         raise ValueError(f"{file} is empty: it holds no example. Check that it was written completely.")

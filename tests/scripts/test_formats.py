@@ -126,5 +126,5 @@ def test_parquet_and_arrow(tmp_path, encoder, kind):
     assert "eval_f1_micro" in run_glue.main(arguments(tmp_path, [file] * 3, encoder))
     with open(file, "rb+") as half:
         half.truncate(60)
-    with pytest.raises(ValueError, match="is no complete"):
+    with pytest.raises(ValueError, match="is not complete"):
         read_table(file)
