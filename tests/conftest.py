@@ -36,11 +36,10 @@ def few_objects_to_search():
 
 @pytest.fixture(autouse=True)
 def library_is_quiet_again():
-    """A script that was run in this process has raised the level of the library's logger, which shows other lines."""
-    logger = logging.getLogger("hf_rdrop")
-    level = logger.level
-    yield
-    logger.setLevel(level)
+    """Forget the level that a script which was run in this process has given the library's logger."""
+    for logger in (logging.getLogger(name) for name in ("hf_rdrop", "hf_rdrop.training.first_batch")):
+        logger.setLevel(logging.NOTSET)
+    logging.getLogger().setLevel(logging.WARNING)
 
 
 @pytest.fixture(params=HEADS)

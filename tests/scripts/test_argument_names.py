@@ -3,6 +3,8 @@
 import json
 
 import pytest
+import transformers
+from packaging.version import Version
 from transformers import TrainingArguments
 
 import run_glue
@@ -24,6 +26,9 @@ from support.script_runs import arguments, classification, write_splits
     ],
 )
 def test_renamed_arguments(tmp_path, encoder, given, word):
+    name = given[0].removeprefix("--").partition("=")[0].replace("-", "_")
+    if name in TrainingArguments.__dataclass_fields__:
+        pytest.skip(f"transformers {transformers.__version__} still has {name}")
     with pytest.raises(ValueError, match=f"no argument of Transformers 5 any more: .*{word}"):
         run_glue.main(arguments(tmp_path, ["x"], encoder, *given))
     if "=" not in given[0]:
@@ -35,6 +40,8 @@ def test_renamed_arguments(tmp_path, encoder, given, word):
 
 def test_what_is_told_of_is_gone_and_what_took_its_place_is_there():
     known = TrainingArguments.__dataclass_fields__
+    if Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("earlier releases still have some of them")
     assert not set(RENAMED) & set(known)
     for told in RENAMED.values():
         for word in told.split():

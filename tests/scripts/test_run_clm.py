@@ -215,9 +215,11 @@ def test_both_passes_see_the_same_masked_tokens_and_epochs_do_not(tmp_path, enco
     seen = []
 
     def train(trainer):
-        trainer.model.register_forward_pre_hook(
-            lambda module, a, kw: seen.append(dict(kw)) if module.training else None, with_kwargs=True
-        )
+        def keep(module, args, kwargs):
+            if module.training:
+                seen.append(dict(kwargs))
+
+        trainer.model.register_forward_pre_hook(keep, with_kwargs=True)
         trainer.train()
         return {}
 
