@@ -94,10 +94,7 @@ class RDropMixin(CleanPushMixin, ResumeMixin, _AnyTrainer):
         check_bases(cls, RDropMixin)
 
     def __init__(
-        self,
-        *args: Any,
-        logits_for_agreement: Callable[[Any, Mapping[str, Any]], Any] | None = None,
-        **kwargs: Any,
+        self, *args: Any, logits_for_agreement: Callable[[Any, Mapping[str, Any]], Any] | None = None, **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
         self.logits_for_agreement = logits_for_agreement
@@ -113,11 +110,7 @@ class RDropMixin(CleanPushMixin, ResumeMixin, _AnyTrainer):
     # ---- The objective ----
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Compute R-Drop's loss in training, the plain mean loss of one pass in evaluation. See `RDropMixin`."""
         run, state = self.rdrop_run, self.state
