@@ -9,6 +9,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from transformers.utils.logging import set_verbosity_warning
 
 from support import ROOT
 from support import script_data as made
@@ -36,10 +37,11 @@ def few_objects_to_search():
 
 @pytest.fixture(autouse=True)
 def library_is_quiet_again():
-    """Forget the level that a script which was run in this process has given the library's logger."""
+    """Forget the levels that a script which was run in this process has given to loggers."""
     for logger in (logging.getLogger(name) for name in ("hf_rdrop", "hf_rdrop.training.first_batch")):
         logger.setLevel(logging.NOTSET)
     logging.getLogger().setLevel(logging.WARNING)
+    set_verbosity_warning()
 
 
 @pytest.fixture(params=HEADS)

@@ -61,7 +61,7 @@ def test_the_trainers_own_way_is_refused(tmp_path, glue):
 def test_sigterm_leaves_no_temporary_folder(tmp_path):
     """As of sweep.py, whose trials leave nothing but their scores."""
     process = start(wait_in_a_temporary_folder, tmp_path / "log", tmp_path)
-    wait_for(lambda: any(path.is_dir() for path in tmp_path.iterdir()), process)
+    wait_for(lambda: any(tmp_path.glob("*/busy")), process)
     process.terminate()
     process.join(30)
     assert process.exitcode == 143 and not any(path.is_dir() for path in tmp_path.iterdir())

@@ -90,7 +90,8 @@ def wait_in_a_temporary_folder(parent):
     from finetuning.run import cli
 
     def main():
-        with tempfile.TemporaryDirectory(dir=parent):
+        with tempfile.TemporaryDirectory(dir=parent) as folder:
+            Path(folder, "busy").touch()  # only now is the folder sure to be taken away
             time.sleep(60)
 
     cli(main)
