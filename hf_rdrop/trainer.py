@@ -117,7 +117,7 @@ class RDropMixin(CleanPushMixin, ResumeMixin, _AnyTrainer):
         inputs = without_answers(inputs, run.model)
         if not model.training:
             # A copy, because the Trainer pops the labels off the dict when it smooths them.
-            with labels_explained(run.model, run.layout.labels(inputs)):
+            with labels_explained(run.model, run.layout, inputs):
                 found: Any = super().compute_loss(
                     model, dict(inputs), return_outputs=return_outputs, num_items_in_batch=None
                 )
@@ -133,7 +133,7 @@ class RDropMixin(CleanPushMixin, ResumeMixin, _AnyTrainer):
         ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         accumulated = getattr(self, "current_gradient_accumulation_steps", 1)
         weights = run.items.shares(inputs, count, num_items_in_batch, ranks, accumulated)
-        with labels_explained(run.model, run.layout.labels(inputs)):
+        with labels_explained(run.model, run.layout, inputs):
             terms = run.loss(model, inputs, plan, return_outputs)
         ce, kl = terms.ce, terms.divergence
         if count is not None and terms.fused is None:
@@ -152,18 +152,18 @@ class RDropMixin(CleanPushMixin, ResumeMixin, _AnyTrainer):
         return (loss, terms.outputs) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        outer, self._calls = self._calls, []
+        run, outer, self._calls = self.rdrop_run, self._calls, []
         try:
             loss = super().training_step(*args, **kwargs)
         finally:
             calls, self._calls = self._calls, outer
-            self.rdrop_run.stop()
+            run.stop()
         check_was_called(type(self), calls)
         # A parent may compute several losses (adversarial training): the one that it returns is the one that counts.
         parts = calls[0] if len(calls) == 1 else torch.stack(calls)[_nearest(calls, loss)]
         if self._log.is_fresh:
             check_scale(type(self), parts[0], loss, getattr(self, "current_gradient_accumulation_steps", 1))
-        compares = self.rdrop_run.settings.plan(self.state.global_step, self.state.max_steps).compares
+        compares = run.settings.plan(self.state.global_step, self.state.max_steps).compares
         self._log.add(self.state.global_step, parts, compares, self.args.logging_nan_inf_filter)
         return loss
 
@@ -172,12 +172,13 @@ class RDropMixin(CleanPushMixin, ResumeMixin, _AnyTrainer):
 
         (In place of the base class's count, which does not know what each head's own loss averages over.)
         """
+        run = self.rdrop_run
         for batch in batch_samples:
-            if self.is_in_train and not self.rdrop_run.measured:
+            if self.is_in_train and not run.measured:
                 # (Not by the parent's _prepare_inputs, which may generate or count.)
-                self.rdrop_run.measure(self.model_wrapped, self._prepare_input(batch))
+                run.measure(self.model_wrapped, self._prepare_input(batch))
         across = self.args.average_tokens_across_devices and self.args.world_size > 1
-        return self.rdrop_run.items.of_step(batch_samples, device, self.accelerator.gather if across else None)
+        return run.items.of_step(batch_samples, device, self.accelerator.gather if across else None)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         plan = self.rdrop_run.settings.plan(self.state.global_step, self.state.max_steps)
@@ -192,10 +193,9 @@ class RDropMixin(CleanPushMixin, ResumeMixin, _AnyTrainer):
         Made when training begins, or for a `compute_loss` outside it. An argument that a callback changes counts from
         the next batch on.
         """
-        settings = Settings.of(self.args)
         if self._run is None or self._run.model is not self.base_model:
             self._run = self._new_run()
-        if self._run.settings != settings:
+        if self._run.settings != (settings := Settings.of(self.args)):
             self._run.read(settings)
         return self._run
 

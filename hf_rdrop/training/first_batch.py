@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 from ..cost.model_shape import describe_model
 from ..cost.predict import predict_cost
 from ..fused.head import find_output_embeddings
+from ..objective.batch_layout import BatchLayout
 from .settings import RunFacts
 
 logger = logging.getLogger(__name__)
@@ -23,12 +24,12 @@ _CLASSIFIER = re.compile(r"For(Sequence|Token|Image|Video|Audio)Classification$"
 
 
 @contextmanager
-def labels_explained(model: nn.Module, labels: Tensor | None) -> Iterator[None]:
+def labels_explained(model: nn.Module, layout: BatchLayout, inputs: Mapping[str, Any]) -> Iterator[None]:
     """Turn the index error of a loss into a refusal of its labels, where they are out of the head's range."""
     try:
         yield
     except (IndexError, RuntimeError):
-        if labels is not None:
+        if (labels := layout.labels(inputs)) is not None:
             check_labels_of_head(model, labels, "a batch")
         raise
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hf_rdrop import RDropTrainer, RDropTrainingArguments
+from hf_rdrop.objective.batch_layout import BatchLayout
 from hf_rdrop.training.first_batch import labels_explained, show
 from support.training import make_model, make_rows, train
 
@@ -68,7 +69,7 @@ def test_labels_out_of_range_are_named_in_evaluation(alpha):
 def test_an_error_of_another_kind_is_left_as_it_is():
     class Fails(RDropTrainer):
         def prediction_step(self, *args, **kwargs):
-            with labels_explained(self.model, torch.tensor([0, 2])):
+            with labels_explained(self.model, BatchLayout(), {"labels": torch.tensor([0, 2])}):
                 raise RuntimeError("out of memory")
 
     trainer = train(make_model("single"), trainer_class=Fails)
