@@ -13,7 +13,7 @@ from ..functional import compute_dtype
 logger = logging.getLogger(__name__)
 
 # On a CPU the elementwise work goes through a chunk in blocks that stay in a core's cache (float32 elements a core).
-BLOCK_ELEMENTS_PER_CORE = 2**19
+BLOCK_ELEMENTS_PER_CORE = 2**18
 
 _can_compile = True
 
@@ -49,25 +49,22 @@ def block_to_gradient(
 ) -> Tensor:
     """Apply the closed form to a block: one exponential per logit, as much as possible in place."""
     passes, items, _ = logits.shape
-    z = logits.to(compute_dtype(logits))  # float32 and float64 stay where they are
+    z = logits.to(compute_dtype(logits))
     index = labels if valid is None else labels.clamp(min=0)  # -100 is no index
     index = index.expand(passes, items)[..., None]
-    ce = -(1 - smoothing) * z.gather(-1, index)  # but for the logarithm of the softmax's denominator
+    p = z.softmax(-1)
+    log_total = z.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()  # of the softmax's denominator
+    ce = log_total - (1 - smoothing) * z.gather(-1, index)
     if smoothing:
         ce = ce - smoothing * z.mean(-1, keepdim=True)
-    u = z - z.mean(0)
-    p, log_total = _softmax_(z)
-    ce = (ce + log_total).sum((0, 2))
-    if passes > 1:
-        weight = factor / (passes - 1)
-        u -= log_total - log_total.mean(0)
-        v = p - p.mean(0)
-        kl = torch.linalg.vecdot(u, v).sum(0) / (passes - 1)
-        inner = torch.linalg.vecdot(p, u)[..., None]
-        p.mul_(u.mul_(weight).add_(1 / passes - weight * inner)).add_(v, alpha=weight)
+    ce = ce.sum((0, 2))
+    gradient = p  # but for the target
+    if passes == 2:
+        kl = _two_passes_(p, z, log_total, factor)
+    elif passes > 2:
+        kl = _passes_(p, z, log_total, factor)
     else:
         kl = torch.zeros_like(ce)
-    gradient = p  # but for the target
     if smoothing:
         gradient.sub_(smoothing / (passes * gradient.shape[-1]))
     gradient.scatter_add_(-1, index, gradient.new_full(index.shape, -(1 - smoothing) / passes))
@@ -76,16 +73,37 @@ def block_to_gradient(
     if valid is not None:  # not a product: an ignored row may hold inf or nan
         ce, kl = torch.where(valid, ce, 0), torch.where(valid, kl, 0)
         gradient.masked_fill_(~valid[:, None], 0)
-    if gradient.dtype != logits.dtype:
-        logits.copy_(gradient)
+    logits.copy_(gradient)
     return torch.stack((ce.sum(), kl.sum()))
 
 
-def _softmax_(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute the softmax in place, and the logarithm of its denominator, `[..., 1]`."""
-    top = z.amax(-1, keepdim=True)
-    total = z.sub_(top).exp_().sum(-1, keepdim=True)
-    return z.div_(total), total.log() + top
+def _two_passes_(p: Tensor, z: Tensor, log_total: Tensor, factor: float) -> Tensor:
+    """Turn p into the gradient without the target for two passes, and return the divergence of each item.
+
+    One ratio ``d = log p_1 - log p_2`` and one ``v = p_1 - p_2`` serve both passes, which see them with opposite signs.
+    """
+    d = (z[0] - z[1]).sub_(log_total[0] - log_total[1])
+    v = p[0] - p[1]
+    kl = torch.linalg.vecdot(v, d)
+    mean_d = torch.linalg.vecdot(p[0], d)  # under p_1; under p_2 it is less by kl
+    weight = factor / 2
+    kl, mean_d = kl[:, None], mean_d[:, None]
+    d.mul_(weight)
+    p[0].mul_(d + (0.5 - weight * mean_d)).add_(v, alpha=weight)
+    p[1].mul_(d.neg_().add_(0.5 + weight * (mean_d - kl))).sub_(v, alpha=weight)
+    return kl[:, 0] / 2
+
+
+def _passes_(p: Tensor, z: Tensor, log_total: Tensor, factor: float) -> Tensor:
+    """Turn p into the gradient without the target for any number of passes, and return each item's divergence."""
+    passes = len(p)
+    u = (z - z.mean(0)).sub_(log_total - log_total.mean(0))
+    v = p - p.mean(0)
+    kl = torch.linalg.vecdot(u, v).sum(0) / (passes - 1)
+    weight = factor / (passes - 1)
+    inner = torch.linalg.vecdot(p, u)[..., None]
+    p.mul_(u.mul_(weight).add_(1 / passes - weight * inner)).add_(v, alpha=weight)
+    return kl
 
 
 @functools.cache

@@ -112,18 +112,19 @@ class _LinearRDrop(torch.autograd.Function):
         vocabulary, precise = len(weight), compute_dtype(hidden)
         w = weight.to(dtype)
         # A class forbidden by a bias of -inf has probability 0 all the same; its log-ratio must not become nan.
-        b = None if bias is None else bias.to(precise).clamp(min=torch.finfo(precise).min / 16).to(dtype)
+        b = None if bias is None else bias.to(precise).clamp(min=torch.finfo(dtype).min / 16).to(dtype)
         # float16 ends at 65504 and loses what is under 1e-7, as most probabilities are: move the gradients up. With
         # |u| up to 32 and more nothing overflows; what would is cut off.
         scale = 2.0 ** math.floor(15 - math.log2(1 + 16 * alpha)) if dtype == torch.float16 else 1.0
         keep = precise if dtype == torch.float16 else dtype
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden, dtype=keep) if need_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=precise) if need_weight else None
+        grad_weight: Tensor | None = None
         grad_bias = torch.zeros_like(bias, dtype=precise) if bias is not None and need_bias else None
         sums = torch.zeros(2, dtype=precise, device=hidden.device)  # of CE (over the passes) and KL
 
         rows = min(rows, max(items, 1))
+        one_chunk = items <= rows
         buffer = torch.empty(passes * rows * vocabulary, dtype=dtype, device=hidden.device)
         for start in range(0, items, rows):
             chunk = slice(start, start + rows)
@@ -138,13 +139,19 @@ class _LinearRDrop(torch.autograd.Function):
             sums += logits_to_gradient(z, labels[chunk], counted, alpha / 2, smoothing, scale)
             if grad_hidden is not None:
                 grad_hidden[:, chunk] = torch.mm(logits, w).view(passes, -1, width)
-            if grad_weight is not None and dtype == precise:
+            if need_weight and grad_weight is None:
+                grad_weight = torch.mm(logits.T, h)
+                if not one_chunk:  # more of them are summed in full precision
+                    grad_weight = grad_weight.to(precise)
+            elif grad_weight is not None and dtype == precise:
                 grad_weight.addmm_(logits.T, h)
             elif grad_weight is not None:
                 grad_weight += torch.mm(logits.T, h)
             if grad_bias is not None:
                 grad_bias += logits.sum(0, dtype=precise)
 
+        if need_weight and grad_weight is None:  # no item at all
+            grad_weight = torch.zeros_like(weight)
         count = torch.tensor(items, device=hidden.device) if valid is None else valid.sum()
         per_item = 1 / count.clamp(min=1).to(precise)
         ce, kl = (sums * per_item).unbind()
@@ -158,6 +165,14 @@ class _LinearRDrop(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
         *grads, per_item = ctx.saved_tensors
-        factor = grad_loss * per_item  # float32, so that float16 gradients get their factor before they are rounded
+        factor = grad_loss * per_item
         pairs = zip(grads, ctx.dtypes, strict=True)
-        return *(None if grad is None else (grad * factor).to(dtype) for grad, dtype in pairs), *[None] * 6
+        return *(None if grad is None else _scaled(grad, factor, dtype) for grad, dtype in pairs), *[None] * 6
+
+
+def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Multiply in float32 and round once, so that float16 gradients get their factor before they are rounded."""
+    # On a CPU a scalar keeps its float32 beside a tensor in half precision; elsewhere it would be rounded itself.
+    if grad.dtype == factor.dtype or (grad.is_cpu and grad.dtype == dtype):
+        return (grad * factor).to(dtype)
+    return grad.to(factor.dtype).mul_(factor).to(dtype)

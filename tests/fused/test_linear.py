@@ -11,6 +11,7 @@ from benchmarking.measure import peak_bytes
 from hf_rdrop import RDropLoss
 from hf_rdrop.functional import softmax_agreement
 from hf_rdrop.fused import blocks as fused_blocks
+from hf_rdrop.fused import linear as fused_linear
 from hf_rdrop.fused import linear_rdrop_loss
 from support.reference import torch_reference
 
@@ -181,8 +182,9 @@ def test_the_full_logits_never_exist():
     assert 2**24 < peak < 4 * 512 * 20_000
 
 
-def test_a_class_that_is_forbidden_in_both_passes_changes_nothing():
-    hidden, weight, bias, labels = make_case(dtype=torch.float32, ignored=0)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_class_that_is_forbidden_in_both_passes_changes_nothing(dtype):
+    hidden, weight, bias, labels = make_case(dtype=dtype, ignored=0)
     labels.clamp_(max=9)
     with torch.no_grad():
         bias[10] = -torch.inf
@@ -192,6 +194,12 @@ def test_a_class_that_is_forbidden_in_both_passes_changes_nothing():
     for a, b in zip(gradients(ours.loss, hidden, weight), gradients(without.loss, hidden, weight), strict=True):
         assert a.isfinite().all()
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_gradient_in_half_precision_is_rounded_once_by_its_factor(dtype):
+    grad, factor = torch.randn(64, 33, generator=torch.Generator().manual_seed(0)).to(dtype), torch.tensor(0.0123457)
+    assert torch.equal(fused_linear._scaled(grad, factor, dtype), (grad.float() * factor).to(dtype))
 
 
 def test_as_the_passes_agree_the_gradient_stays_exact():
