@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Elements of one [m, rows, C] block of `_SoftmaxAgreement`: small enough that its float32 temporaries (8 MiB each)
-# never matter beside the logits, large enough that launching the operations on a block costs nothing.
+# Elements of one [m, rows, C] block of elementwise work in float32. On a CPU its temporaries stay in a core's cache;
+# elsewhere (8 MiB each) they never matter beside the logits, and launching the operations on a block costs nothing.
+BLOCK_ELEMENTS_PER_CORE = 2**18
 BLOCK_ELEMENTS = 2**21
 
 
@@ -72,6 +73,8 @@ def softmax_agreement(logits: Tensor, mask: Tensor | None = None) -> Tensor:
             "per item is needed. For causal language models shift the mask with the labels."
         )
     dtype = compute_dtype(logits)
+    if not logits.shape[-1]:  # no class, so nothing to disagree about
+        return logits.sum(dtype=dtype)
     weight = torch.ones(items, device=logits.device) if mask is None else mask.to(logits.device)
     weight = weight.to(dtype).flatten()
     weight = weight / weight.sum().clamp(min=1)
@@ -81,39 +84,32 @@ def softmax_agreement(logits: Tensor, mask: Tensor | None = None) -> Tensor:
 class _SoftmaxAgreement(torch.autograd.Function):
     """Compute value and gradient in one sweep over blocks of rows.
 
-    With ``u_i = log p_i - mean_j log p_j`` and ``v_i = p_i - mean_j p_j`` (for m = 2 half of log p - log q and p - q)
-
-        value = 1 / (m - 1) sum_i u_i · v_i,    d value / d z_i = 1 / (m - 1) [p_i (u_i - p_i · u_i) + v_i]
-
-    The gradient costs two multiplications more than the value. The probabilities live only for one block: autograd
-    over `log_softmax` would keep several float32 copies of all logits until the backward pass.
+    The probabilities live only for one block: autograd over `log_softmax` would keep several float32 copies of all
+    logits until the backward pass. On a CPU, rows without weight are left out; elsewhere their number is not known
+    without waiting for the device.
     """
 
     @staticmethod
     def forward(ctx, logits: Tensor, weight: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
         passes, rows, classes = logits.shape
-        dtype = weight.dtype
+        counted = weight > 0
+        chosen = counted.nonzero()[:, 0] if logits.is_cpu and not counted.all() else None
         grad = None
         if ctx.needs_input_grad[0]:
             # Gradients of a mean over many tokens fall below float16's range before the loss scaler sees them.
-            grad = torch.empty_like(logits, dtype=torch.float32 if logits.dtype == torch.float16 else logits.dtype)
+            keep = torch.float32 if logits.dtype == torch.float16 else logits.dtype
+            grad = (torch.empty_like if chosen is None else torch.zeros_like)(logits, dtype=keep)
         value = weight.new_zeros(())
-        step = max(1, BLOCK_ELEMENTS // (passes * max(classes, 1)))
-        for start in range(0, rows, step):
-            block = slice(start, start + step)
-            log_p = torch.log_softmax(logits[:, block], dim=-1, dtype=dtype)
-            p = log_p.exp()
-            mean = p.mean(0)
-            v = p - mean
-            # A class with p = 0 in every pass agrees: -inf, or finfo.min, by which some models mask, overflows.
-            u = log_p.sub_(log_p.mean(0)).nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
-            u.masked_fill_(mean == 0, 0)
-            w = weight[block] / (passes - 1)
+        step = max(1, block_elements(logits.device) // (passes * classes))
+        for start in range(0, rows if chosen is None else len(chosen), step):
+            block = slice(start, start + step) if chosen is None else chosen[start : start + step]
+            z, w = logits[:, block].to(weight.dtype), weight[block]
+            p, log_total = softmax_and_log_total(z)
+            kl = divergence_to_gradient_(p, z, log_total, 0.0, w[:, None])
             # `where` and not a product: an ignored row may hold inf or nan
-            value += torch.where(w > 0, (u * v).sum(dim=(0, 2)), 0).mul_(w).sum()
+            value += torch.where(w > 0, kl, 0).mul_(w).sum()
             if grad is not None:
-                g = u.sub_((p * u).sum(-1, keepdim=True)).mul_(p).add_(v)
-                grad[:, block] = g.mul_(w[:, None]).masked_fill_((w == 0)[:, None], 0)
+                grad[:, block] = p if logits.is_cpu else p.masked_fill_(~counted[block, None], 0)
         if grad is not None:
             ctx.save_for_backward(grad)
         ctx.logits_dtype = logits.dtype
@@ -124,6 +120,56 @@ class _SoftmaxAgreement(torch.autograd.Function):
     def backward(ctx, grad_value: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
         (grad,) = ctx.saved_tensors
         return (grad * grad_value).to(ctx.logits_dtype), None
+
+
+def softmax_and_log_total(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the softmax over the last dimension, and the logarithm of its denominator, `[..., 1]`."""
+    p = z.softmax(-1)
+    return p, z.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()
+
+
+def divergence_to_gradient_(p: Tensor, z: Tensor, log_total: Tensor, share: float, weight: float | Tensor) -> Tensor:
+    """Turn probabilities into ``share * p_i + weight * d value / d z_i`` in place, and return the value of each item.
+
+    With ``u_i = log p_i - mean_j log p_j`` and ``v_i = p_i - mean_j p_j`` (for m = 2 half of log p - log q and p - q)
+
+        value = 1 / (m - 1) sum_i u_i · v_i,    d value / d z_i = 1 / (m - 1) [p_i (u_i - p_i · u_i) + v_i]
+
+    The gradient costs two multiplications more than the value. For m = 2 one u and one v serve both passes, which see
+    them with opposite signs.
+
+    Args:
+        p: `[m, r, C]` softmax of z.
+        z: `[m, r, C]` logits of m >= 2 passes.
+        log_total: `[m, r, 1]` logarithms of the softmax's denominators.
+        share: factor of the probabilities themselves, which are the gradient of the logarithm of the denominator.
+        weight: factor of the divergence's gradient, a number or `[r, 1]`.
+
+    Returns:
+        `[r]`, the mean symmetric KL over all pairs of passes.
+    """
+    if len(p) > 2:
+        u, v = z - z.mean(0), p - p.mean(0)
+        u.sub_(log_total - log_total.mean(0))
+        weight = weight / (len(p) - 1)
+    else:
+        u, v = (z[0] - z[1])[None], (p[0] - p[1])[None]
+        u.sub_(log_total[0] - log_total[1]).mul_(0.5)
+        v.mul_(0.5)
+    # A class with p = 0 in every pass agrees: -inf, or finfo.min, by which some models mask, overflows.
+    if not (u.is_cpu and u.abs().amax() < 1e30):
+        u.nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf).masked_fill_(p.sum(0) == 0, 0)
+    value = torch.linalg.vecdot(u, v).sum(0)
+    if len(p) > 2:
+        inner = torch.linalg.vecdot(p, u)[..., None]
+        p.mul_(u.sub_(inner).mul_(weight).add_(share)).add_(v.mul_(weight))
+        return value / (len(p) - 1)
+    u, v = u[0].mul_(weight), v[0]
+    inner = torch.linalg.vecdot(p[0], u)[..., None]  # under p_1; under p_2 it is less by twice the weighted value
+    v.mul_(weight)
+    p[0].mul_(u + (share - inner)).add_(v)
+    p[1].mul_(u.neg_().add_(share + inner - 2 * weight * value[:, None])).sub_(v)
+    return 2 * value
 
 
 def bernoulli_agreement(logits: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -181,6 +227,11 @@ def check_passes(logits: Tensor) -> None:
             f"Agreement needs the logits of at least two passes stacked along the first dimension, got shape "
             f"{tuple(logits.shape)}. Use torch.stack([logits_a, logits_b])."
         )
+
+
+def block_elements(device: torch.device) -> int:
+    """Choose how many elements one block of elementwise work has."""
+    return BLOCK_ELEMENTS_PER_CORE * torch.get_num_threads() if device.type == "cpu" else BLOCK_ELEMENTS
 
 
 def compute_dtype(logits: Tensor) -> torch.dtype:

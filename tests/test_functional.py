@@ -171,7 +171,7 @@ def test_long_inputs_are_cut_into_blocks_without_changing_the_result(monkeypatch
     mask = torch.arange(37) % 3 > 0
     whole = softmax_agreement(logits, mask)
     grad = torch.autograd.grad(whole, logits)[0]
-    monkeypatch.setattr("hf_rdrop.functional.BLOCK_ELEMENTS", 100)
+    monkeypatch.setattr("hf_rdrop.functional.BLOCK_ELEMENTS_PER_CORE", 100)
     parts = softmax_agreement(logits, mask)
     torch.testing.assert_close(parts, whole)
     torch.testing.assert_close(torch.autograd.grad(parts, logits)[0], grad)

@@ -5,8 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..functional import BLOCK_ELEMENTS
-from ..fused.blocks import BLOCK_ELEMENTS_PER_CORE
+from ..functional import block_elements
 from ..fused.linear import default_chunk_bytes
 from .model_shape import LayerStack, ModelShape
 
@@ -127,14 +126,17 @@ def peak_memory(shape: ModelShape, step: Step) -> float:
         kept += max(rows * stack.length * shape.kept_bytes(stack) for stack in shape.stacks)
     items = rows * shape.items * (shape.labelled if step.fused_head else 1)
     weight, logits = shape.width * shape.classes, items * shape.classes
+    block = block_elements(torch.device(shape.device_type))
     if step.fused_head:  # the gradients of hidden states and weight, and a chunk or the weight's scaled gradient
         chunk = min(default_chunk_bytes(weight) // 4, logits)
-        block = _BLOCK_COPIES * BLOCK_ELEMENTS_PER_CORE * torch.get_num_threads()
-        blocks = min(chunk, block) if shape.device_type == "cpu" else 0
-        elements = items * shape.width + weight + max(chunk + blocks, weight)
+        blocks = min(chunk, _BLOCK_COPIES * block) if shape.device_type == "cpu" else 0
+        if logits <= chunk:  # a single one: the gradient of the weight is made after the blocks
+            elements = items * shape.width + max(chunk + max(blocks, weight), 2 * weight)
+        else:
+            elements = items * shape.width + weight + max(chunk + blocks, weight)
     else:
         # Log-probabilities, their gradient and the logits'; the divergence's, or the blocks in which it is computed.
-        divergence = max(logits, min(4 * logits, 5.5 * BLOCK_ELEMENTS)) if step.passes > 1 else 0
+        divergence = max(logits, min(4 * logits, 5.5 * block)) if step.passes > 1 else 0
         elements = max(3 * logits + divergence, logits + weight)
     start = kept + 4 * elements  # in float32, whatever the precision of the model
     gradients = (shape.trainable + 2 * weight * shape.tied) * shape.gradient_itemsize / shape.shards

@@ -8,12 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..functional import compute_dtype
+from ..functional import block_elements, compute_dtype, divergence_to_gradient_, softmax_and_log_total
 
 logger = logging.getLogger(__name__)
-
-# On a CPU the elementwise work goes through a chunk in blocks that stay in a core's cache (float32 elements a core).
-BLOCK_ELEMENTS_PER_CORE = 2**18
 
 _can_compile = True
 
@@ -36,7 +33,8 @@ def logits_to_gradient(
     """
     if logits.device.type != "cpu":
         return _on_accelerator(logits, labels, valid, factor, smoothing, scale)
-    rows = max(1, BLOCK_ELEMENTS_PER_CORE * torch.get_num_threads() // (len(logits) * logits.shape[-1]))
+    # On a CPU the elementwise work goes through a chunk in blocks that stay in a core's cache.
+    rows = max(1, block_elements(logits.device) // (len(logits) * logits.shape[-1]))
     sums = [
         block_to_gradient(logits[:, i : i + rows], labels[i : i + rows], None, factor, smoothing, scale)
         for i in range(0, logits.shape[1], rows)
@@ -52,19 +50,13 @@ def block_to_gradient(
     z = logits.to(compute_dtype(logits))
     index = labels if valid is None else labels.clamp(min=0)  # -100 is no index
     index = index.expand(passes, items)[..., None]
-    p = z.softmax(-1)
-    log_total = z.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()  # of the softmax's denominator
+    p, log_total = softmax_and_log_total(z)
     ce = log_total - (1 - smoothing) * z.gather(-1, index)
     if smoothing:
         ce = ce - smoothing * z.mean(-1, keepdim=True)
     ce = ce.sum((0, 2))
     gradient = p  # but for the target
-    if passes == 2:
-        kl = _two_passes_(p, z, log_total, factor)
-    elif passes > 2:
-        kl = _passes_(p, z, log_total, factor)
-    else:
-        kl = torch.zeros_like(ce)
+    kl = divergence_to_gradient_(p, z, log_total, 1 / passes, factor) if passes > 1 else torch.zeros_like(ce)
     if smoothing:
         gradient.sub_(smoothing / (passes * gradient.shape[-1]))
     gradient.scatter_add_(-1, index, gradient.new_full(index.shape, -(1 - smoothing) / passes))
@@ -75,35 +67,6 @@ def block_to_gradient(
         gradient.masked_fill_(~valid[:, None], 0)
     logits.copy_(gradient)
     return torch.stack((ce.sum(), kl.sum()))
-
-
-def _two_passes_(p: Tensor, z: Tensor, log_total: Tensor, factor: float) -> Tensor:
-    """Turn p into the gradient without the target for two passes, and return the divergence of each item.
-
-    One ratio ``d = log p_1 - log p_2`` and one ``v = p_1 - p_2`` serve both passes, which see them with opposite signs.
-    """
-    d = (z[0] - z[1]).sub_(log_total[0] - log_total[1])
-    v = p[0] - p[1]
-    kl = torch.linalg.vecdot(v, d)
-    mean_d = torch.linalg.vecdot(p[0], d)  # under p_1; under p_2 it is less by kl
-    weight = factor / 2
-    kl, mean_d = kl[:, None], mean_d[:, None]
-    d.mul_(weight)
-    p[0].mul_(d + (0.5 - weight * mean_d)).add_(v, alpha=weight)
-    p[1].mul_(d.neg_().add_(0.5 + weight * (mean_d - kl))).sub_(v, alpha=weight)
-    return kl[:, 0] / 2
-
-
-def _passes_(p: Tensor, z: Tensor, log_total: Tensor, factor: float) -> Tensor:
-    """Turn p into the gradient without the target for any number of passes, and return each item's divergence."""
-    passes = len(p)
-    u = (z - z.mean(0)).sub_(log_total - log_total.mean(0))
-    v = p - p.mean(0)
-    kl = torch.linalg.vecdot(u, v).sum(0) / (passes - 1)
-    weight = factor / (passes - 1)
-    inner = torch.linalg.vecdot(p, u)[..., None]
-    p.mul_(u.mul_(weight).add_(1 / passes - weight * inner)).add_(v, alpha=weight)
-    return kl
 
 
 @functools.cache
