@@ -20,6 +20,7 @@ list, never up (tests/test_architecture.py):
 `functional`        the symmetric KL divergence, value and gradient (language models: `fused/blocks`)
 `batch`             [x; x] and back
 `dropout`           what is random in a model, and setting it
+`generators`        its random numbers: seeded, shared out over processes, restored
 `sigterm`           a checkpoint when the job is ended
 `checkpoints/`      damaged checkpoints found, exact resuming; knows no R-Drop
 `hub/`              uploads without tokens and paths; knows no R-Drop

@@ -15,7 +15,6 @@ from itertools import pairwise
 from numbers import Real
 from typing import Any, NamedTuple, TypeGuard
 
-import torch
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from torch import nn
 
@@ -38,7 +37,8 @@ class DropoutSource(NamedTuple):
             `"model.layers.0.self_attn.attention_dropout"`.
         kind: `"dropout"` (a dropout module), `"functional"` (a rate that a module's forward hands to a dropout or an
             attention function), `"drop_path"` (stochastic depth: a branch dropped per example) or `"layerdrop"`
-            (a whole layer skipped, drawn once for the whole batch).
+            (a whole layer skipped, drawn once for the whole batch) or `"spec_augment"` (spans of frames, or of
+            features, masked in each row: the share that is asked for).
         rate: the probability in force now, in [0, 1].
     """
 
@@ -99,6 +99,13 @@ def _knobs(model: nn.Module) -> Iterator[_Knob]:
             value, kind = getattr(config, name, None), _kind(name)
             if kind and _is_rate(value):
                 yield _Knob(DropoutSource(f"{prefix}config.{name}", kind, float(value)), config, name)
+        if hasattr(module, "_mask_hidden_states") or hasattr(module, "_mask_input_features"):  # speech encoders
+            config = getattr(module, "config", None)
+            asked = bool(getattr(config, "apply_spec_augment", True))
+            for name in ("mask_time_prob", "mask_feature_prob"):
+                if _is_rate(value := getattr(config, name, None)):
+                    source = DropoutSource(f"{prefix}config.{name}", "spec_augment", asked * float(value))
+                    yield _Knob(source, config, name)
         for name, child in module.named_children():
             # ModernBERT, PEFT and others put an Identity where a dropout of rate 0 would be. Inside a container the
             # container's name tells: lora_dropout.default.
@@ -160,7 +167,7 @@ def set_dropout(model: nn.Module, p: float) -> None:
     Modules, rates that are handed to functions (such as attention dropout) and the entries of the model's config and
     sub-configs all get `p`, so that the model has the same rates after `save_pretrained` and `from_pretrained`. So do
     PEFT's `lora_dropout` and an `nn.Identity` in the place of a dropout of rate 0, which becomes an `nn.Dropout(p)`.
-    Config entries that are None stay None. Layerdrop and stochastic depth (drop path) keep their rates.
+    Config entries that are None stay None. Layerdrop, stochastic depth (drop path) and SpecAugment keep their rates.
 
     `save_pretrained` does not store a rate that a model's code fixes without its config, one that the config's type
     does not admit (MPT's is a whole number; a warning says so), nor the base model's rates when only an adapter is
@@ -220,18 +227,6 @@ def modes_restored(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
-
-
-def draw_own_masks(rank: int, device: torch.device) -> None:
-    """Give process `rank`, of those with different rows, random numbers of its own for dropout on `device`.
-
-    Trainer gives every process the same seed, so that all would drop the same places of their batches. Rank 0 keeps
-    its stream. On a GPU the CPU's stream, from which the order of the data and LayerDrop may come, stays the same.
-    """
-    if rank > 0:
-        seed = (torch.initial_seed() + rank * 0x9E3779B97F4A7C15) % 2**63  # far from the seed of any other run
-        generator: Any = torch.default_generator if device.type == "cpu" else getattr(torch, device.type)
-        generator.manual_seed(seed)
 
 
 @contextmanager

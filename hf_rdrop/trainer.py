@@ -11,7 +11,8 @@ from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 from .batch import NON_BATCH_INPUTS
 from .cards.card import write_card
 from .checkpoints.resuming import ResumeMixin, set_epoch
-from .dropout import draw_own_masks, set_dropout
+from .dropout import set_dropout
+from .generators import draw_own_masks
 from .hub.push import CleanPushMixin
 from .objective.batch_layout import BatchLayout
 from .objective.heads import without_answers

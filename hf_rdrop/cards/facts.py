@@ -24,6 +24,7 @@ _PLACES = {
     "functional": "rates used by functions",
     "drop_path": "stochastic depth",
     "layerdrop": "LayerDrop, drawn once for all passes",
+    "spec_augment": "SpecAugment",
 }
 
 

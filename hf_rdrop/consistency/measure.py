@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ..batch import get_batch_size, map_tensors
 from ..dropout import dropout_off, inspect_dropout, modes_restored
+from ..generators import generators_restored
 from ..objective.heads import find_labels, find_logits, predicts_next_token, resolve_head, shifted_labels
 from .pass_sums import PassSums
 
@@ -220,10 +221,7 @@ def _caller_undisturbed(model: nn.Module, seed: int) -> Iterator[None]:
     """Draw random numbers from `seed` within the block; put random state and buffers back afterwards."""
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
-        with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
-            torch.default_generator.manual_seed(seed)
-            if torch.cuda.is_initialized():
-                torch.cuda.manual_seed_all(seed)
+        with generators_restored(model, seed):
             yield
     finally:
         for buffer, before in buffers:

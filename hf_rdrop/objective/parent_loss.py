@@ -1,16 +1,15 @@
 """Call the loss of the Trainer class under R-Drop's, and check that R-Drop can be built on it."""
 
-import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..dropout import dropout_off
+from ..generators import generators_restored
 from .heads import Head
 
 
@@ -86,17 +85,12 @@ def check_repeated_loss(
     Three forwards without gradient, which draw no random number that counts. A loss that draws some itself, or needs
     gradients inside, is let be.
     """
-    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
-    kept = random.getstate(), np.random.get_state()
     try:
-        with dropout_off(model), torch.no_grad(), torch.random.fork_rng(devices):
+        with dropout_off(model), torch.no_grad(), generators_restored(model):
             batches = inputs, inputs, repeated
             once, again, found = (parent.of(model, dict(batch)).ce.float() for batch in batches)
     except Exception:  # whatever a loss does here, training says it itself
         return
-    finally:
-        random.setstate(kept[0])
-        np.random.set_state(kept[1])
     if not torch.isclose(once, again, rtol=rtol / 10) or torch.isclose(found, once, rtol=rtol, atol=1e-5):
         return
     kind = (

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..batch import has_parts_in_order
 from ..dropout import dropout_off
+from ..generators import generators_restored
 from .batch_layout import BatchLayout
 from .heads import find_logits
 from .scored import least_of_ranks
@@ -43,7 +44,7 @@ def measure_repetition(
         fits, problem = False, "the model gives other logits then"
         try:
             found = _logits(model, layout, candidate.repeat(inputs, passes))
-            fits = expected is None or found is None or _alike(torch.cat([expected] * passes), found, rtol)
+            fits = expected is None or found is None or _alike(expected, found, passes, rtol)
         except Exception as error:  # whatever a model does with inputs that do not belong together
             problem = f"the model fails then ({type(error).__name__}: {str(error)[:200]})"
         if least_of_ranks(int(fits), device):
@@ -52,16 +53,15 @@ def measure_repetition(
     shapes = ", ".join(f"{name} {tuple(inputs[name].shape)}" for name in names)
     raise ValueError(
         f"R-Drop repeats each batch as [x; x]. This one has {layout.size(inputs)} rows, and inputs that have not one "
-        f"entry for each of them ({shapes}): they were repeated as a whole, and left as they are, but {problems[0]}. Have "
-        "the data collator order them by rows, name what all rows share in non_batch_inputs of your trainer class, or "
-        "set rdrop_alpha to 0."
+        f"entry for each of them ({shapes}): they were repeated as a whole, and left as they are, but {problems[0]}. "
+        "Have the data collator order them by rows, name what all rows share in non_batch_inputs of your trainer "
+        "class, or set rdrop_alpha to 0."
     )
 
 
 def _logits(model: nn.Module, layout: BatchLayout, inputs: Mapping[str, Any]) -> Tensor | None:
     """Compute the logits with dropout off; None for outputs in which they cannot be told."""
-    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
-    with dropout_off(model), torch.no_grad(), torch.random.fork_rng(devices):
+    with dropout_off(model), torch.no_grad(), generators_restored(model):
         outputs = model(**inputs)
     try:
         return find_logits(outputs, layout.size(inputs), inputs).float()
@@ -69,5 +69,6 @@ def _logits(model: nn.Module, layout: BatchLayout, inputs: Mapping[str, Any]) ->
         return None
 
 
-def _alike(expected: Tensor, found: Tensor, rtol: float) -> bool:
+def _alike(expected: Tensor, found: Tensor, passes: int, rtol: float) -> bool:
+    expected = torch.cat([expected] * passes)
     return expected.shape == found.shape and bool((found - expected).abs().max() <= rtol * expected.abs().max())

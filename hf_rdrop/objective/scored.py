@@ -9,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..batch import few_rows
 from ..dropout import dropout_off
+from ..generators import generators_restored
 from .heads import shifted_labels
 
 ROWS = 2  # enough to tell in most batches, few enough for the logits of a large vocabulary
@@ -95,9 +96,8 @@ def _gradient_of_logits(model: Any, wrapped: nn.Module, rows: Mapping[str, Any])
     hooks = [model.get_output_embeddings().register_forward_hook(leaf)]
     # Whichever ends first: adapters call no hook of the model. Before FSDP's own, which look for a backward pass too.
     hooks += [module.register_forward_hook(end, prepend=True) for module in (model, inner)]
-    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
     try:
-        with dropout_off(model), torch.no_grad(), torch.random.fork_rng(devices):
+        with dropout_off(model), torch.no_grad(), generators_restored(model):
             wrapped(**rows)
         loss = found[0]["loss"] if isinstance(found[0], Mapping) else found[0][0]
         if len(outputs) != 1 or not loss.requires_grad:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..batch import get_batch_size, map_tensors
 from ..dropout import dropout_off, inspect_dropout, is_stochastic
+from ..generators import generators_restored
 from ..objective.heads import find_logits
 
 _CHECKED_EXAMPLES = 2  # enough to notice rows in a wrong order, few enough for the logits of a large vocabulary
@@ -118,8 +119,7 @@ def check_shared_trunk(
         return logits.nan_to_num(0.0, 0.0, 0.0)  # a masked logit is -inf with and without sharing
 
     trunk.stop()
-    devices = {parameter.device for parameter in trunk.model.parameters() if parameter.is_cuda}
-    with dropout_off(model), torch.random.fork_rng(devices):
+    with dropout_off(model), generators_restored(trunk.model):
         hooks = [module.register_forward_pre_hook(record) for module in trunk.model.modules()]
         try:
             plain = run(rows)

@@ -6,7 +6,7 @@ from itertools import chain
 import pytest
 import torch
 
-from hf_rdrop.dropout import draw_own_masks
+from hf_rdrop.generators import draw_own_masks
 from support.distributed_worker import DDP_OPTIONS, PARTS, UNEVEN, run, run_unshifted
 from support.processes import assert_same, launch
 from support.settings import arguments

@@ -56,7 +56,8 @@ def collate(rows):
 def make_trainer(tmp_path, model, **args):
     args = RDropTrainingArguments(
         str(tmp_path), learning_rate=1e-2, logging_steps=1, save_strategy="no", report_to=[], use_cpu=True,
-        disable_tqdm=True, rdrop_alpha=2.0, remove_unused_columns=False, max_grad_norm=0, **{"rdrop_dropout": 0.2, **args},
+        disable_tqdm=True, rdrop_alpha=2.0, remove_unused_columns=False, max_grad_norm=0,
+        **{"rdrop_dropout": 0.2, **args},
     )  # fmt: skip
     rows = [{"n": n} for n in range(8)]
     return RDropTrainer(model=model, args=args, train_dataset=rows, eval_dataset=rows[:4], data_collator=collate)
