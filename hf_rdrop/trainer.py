@@ -11,7 +11,6 @@ from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 from .batch import NON_BATCH_INPUTS
 from .cards.card import write_card
 from .checkpoints.resuming import ResumeMixin, set_epoch
-from .dropout import set_dropout
 from .generators import draw_own_masks
 from .hub.push import CleanPushMixin
 from .objective.batch_layout import BatchLayout
@@ -20,6 +19,7 @@ from .objective.parent_loss import ParentLoss
 from .sub_models import SubModels
 from .training.checks import check_bases, check_scale, check_was_called
 from .training.first_batch import labels_explained
+from .training.knobs import set_rate
 from .training.loss_log import LossLog, log_fields, warn_of_inert
 from .training.run import TrainingRun
 from .training.settings import Settings
@@ -103,7 +103,7 @@ class RDropMixin(CleanPushMixin, ResumeMixin, _AnyTrainer):
         # as scaled whenever it has counted: `compute_loss` does the division.
         self.model_accepts_loss_kwargs, self.loss_is_scaled_for_ga = True, None
         self._log = LossLog()
-        self._set_dropout()
+        set_rate(self.model, Settings.of(self.args).dropout)
         if self.compute_loss_func is not None:
             self.compute_loss_func = self._as_mean(self.compute_loss_func)
         self.add_callback(_RDropCallback(self))
@@ -261,17 +261,13 @@ class RDropMixin(CleanPushMixin, ResumeMixin, _AnyTrainer):
 
     # ---- From the first step to the last ----
 
-    def _set_dropout(self) -> None:
-        if (p := Settings.of(self.args).dropout) is not None:
-            set_dropout(self.model, p)  # type: ignore[arg-type]
-
     def check_setup(self) -> None:
         """Raise a ValueError where training with R-Drop would fail, be wrong or do nothing, as `train` does."""
         self._new_run().check_setup(self.accelerator)
 
     def _begin_training(self) -> None:
         """Check the set-up, forget an interrupted run, and put on the model what training needs."""
-        self._set_dropout()  # a new one when there is a `model_init`
+        set_rate(self.model, Settings.of(self.args).dropout)  # a new one when there is a `model_init`
         self._log = LossLog(self.state.global_step, self.restore_sums(), self.args.device)
         self.keep(self._log)
         if self._run is not None:

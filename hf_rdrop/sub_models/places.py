@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..dropout import settings_beside_dropout
 from ..trunk.shared import find_layer_stacks
 
 _BLOCK = re.compile(r"attention|attn|mlp|ffn|feed_?forward|moe", re.IGNORECASE)
@@ -29,10 +30,15 @@ def hidden_layers(model: nn.Module, source: str) -> list[nn.Module]:
     if not layers:
         raise ValueError(
             f"{source}: no list of transformer layers found in {type(model).__name__} (an nn.ModuleList of "
-            f"Transformers' GradientCheckpointingLayer). Set {source} to 0, or derive the model's layers from "
-            "GradientCheckpointingLayer."
+            f"Transformers' GradientCheckpointingLayer). Set {source} to 0{_instead(model)}, or derive the model's "
+            "layers from GradientCheckpointingLayer."
         )
     return list(dict.fromkeys(layers))
+
+
+def _instead(model: nn.Module) -> str:
+    ways = settings_beside_dropout(model)
+    return f" and load the model with {' or '.join(ways)}" if ways else ""
 
 
 def residual_blocks(model: nn.Module) -> list[nn.Module]:

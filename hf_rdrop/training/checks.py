@@ -17,6 +17,7 @@ from ..loss import check_alpha
 from ..objective.batch_layout import BatchLayout
 from ..objective.heads import ANSWER, SUPPORTED_HEADS
 from ..sub_models.places import embeds_with_noise
+from .knobs import ways_to_differ
 
 #: Keys that collators of packed (padding-free) or sharded sequences add: their rows are not examples.
 PACKED_INPUTS = frozenset(
@@ -108,8 +109,8 @@ def check_stochastic(model: nn.Module, with_sub_models: bool = False, with_noise
         raise ValueError(
             "Nothing in this model is stochastic in a way that differs between the passes, so they would be "
             f"identical, the KL term always 0, and the second pass wasted. Found: {describe_sources(sources)}. "
-            "Set a dropout rate with rdrop_dropout=0.1 (--rdrop_dropout 0.1 on a command line, or "
-            "hf_rdrop.set_dropout(model, 0.1)), or set rdrop_alpha to 0 (--rdrop_alpha 0)."
+            f"What makes the passes of this model differ: {ways_to_differ(model)} (--rdrop_dropout 0.1 on a command "
+            "line). Or set rdrop_alpha to 0."
         )
 
 
@@ -127,8 +128,9 @@ def check_passes_differ(model: nn.Module, divergence: Tensor, items: Tensor | No
         raise ValueError(
             "The passes of the first batch are equal to the last digit, so R-Drop would do nothing for the price of a "
             f"second pass: {type(model).__name__} does not use the dropout that it declares "
-            f"({describe_sources(sources)}). Put dropout into it with rdrop_insert_dropout=0.1 (leave rdrop_dropout "
-            "out) or rdrop_layer_drop=0.1, or set rdrop_alpha to 0."
+            f"({describe_sources(sources)}), whether it is its own or was set by rdrop_dropout. Leave rdrop_dropout "
+            f"out. What this model has besides: {ways_to_differ(model, without='rdrop_dropout')}. Or set rdrop_alpha "
+            "to 0."
         )
 
 

@@ -19,7 +19,7 @@ from transformers import (
     Trainer,
 )
 
-from hf_rdrop import RDropMixin, RDropTrainer, RDropTrainingArguments
+from hf_rdrop import RDropMixin, RDropTrainer, RDropTrainingArguments, inspect_dropout
 from hf_rdrop.objective.heads import resolve_head
 from support.settings import causal_rows
 from support.training import make_collator, make_model, make_rows, step_logs, train
@@ -309,9 +309,28 @@ def test_dropout_that_a_model_does_not_use():
 @pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.23"), reason="earlier releases were not looked at, and may use it"
 )
+def declare_dropout(model):
+    """Somebody's own way to set a rate, by the modules alone."""
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.1
+    return model
+
+
 def test_dropout_that_a_model_of_transformers_does_not_use():
-    message = "DiffLlamaForCausalLM does not use the dropout.*rdrop_insert_dropout"
-    refuse(make_diffllama(), message, rows=causal_rows(), rdrop_dropout=0.1)
+    """Its config could not be loaded again with a rate, and is as it was after the refusal."""
+    model = make_diffllama()
+    before = model.config.to_dict()
+    message = "DiffLlamaForCausalLM cannot have a dropout rate of 0.1.*rdrop_insert_dropout=0.1"
+    refuse(model, message, rows=causal_rows(), rdrop_dropout=0.1)
+    assert (model.config.to_dict() | {"use_cache": True}) == before and all(
+        source.rate == 0 for source in inspect_dropout(model)
+    )
+    refuse(
+        declare_dropout(model),
+        "does not use the dropout.*Leave rdrop_dropout out.*rdrop_insert_dropout",
+        rows=causal_rows(),
+    )
     assert step_logs(train(make_diffllama(), rows=causal_rows(), rdrop_insert_dropout=0.1))[0]["kl_loss"] > 0
 
 
@@ -371,4 +390,4 @@ def test_nothing_is_concluded_where_nothing_is_compared():
         return outputs["logits"], torch.zeros_like(inputs["labels"], dtype=torch.bool)
 
     train(make_model("single", 0.3), trainer_kwargs={"logits_for_agreement": nothing})
-    train(make_diffllama(), rows=causal_rows(), rdrop_dropout=0.1, rdrop_layer_drop=1e-6)
+    train(declare_dropout(make_diffllama()), rows=causal_rows(), rdrop_layer_drop=1e-6)

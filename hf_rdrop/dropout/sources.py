@@ -1,24 +1,17 @@
-"""List what is stochastic in a model, and set every dropout rate it has.
+"""List what is stochastic in a model.
 
 Dropout is found by the types and names of modules and attributes, so any `nn.Module` will do.
 """
 
 import dis
 import inspect
-import logging
-import math
 import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from functools import cache
 from itertools import pairwise
-from numbers import Real
 from typing import Any, NamedTuple, TypeGuard
 
-from huggingface_hub.errors import StrictDataclassFieldValidationError
 from torch import nn
-
-logger = logging.getLogger(__name__)
 
 # Tried in this order, because "layerdrop" and "path_dropout" are not dropout of single elements. The rank_dropout and
 # module_dropout of PEFT's LoHa and LoKr change the weight: drawn once for the whole batch, as layerdrop is.
@@ -47,7 +40,7 @@ class DropoutSource(NamedTuple):
     rate: float
 
 
-class _Knob(NamedTuple):
+class Knob(NamedTuple):
     """A source, and the object and attribute that hold its rate."""
 
     source: DropoutSource
@@ -55,20 +48,20 @@ class _Knob(NamedTuple):
     attribute: str
 
 
-def _kind(name: str) -> str | None:
+def kind_of(name: str) -> str | None:
     return next((kind for kind, pattern in _KINDS if pattern.search(name)), None)
 
 
 def _module_kind(module: nn.Module, name: str) -> str | None:
     """Return the kind of a module that is a dropout itself, None for every other module."""
-    kind = _kind(type(module).__name__)
+    kind = kind_of(type(module).__name__)
     if isinstance(module, nn.modules.dropout._DropoutNd) or kind == "functional":
         # HGNet and PatchTST use nn.Dropout under the name, and at the rate, of a drop path.
-        return "drop_path" if _kind(name) == "drop_path" else "dropout"
+        return "drop_path" if kind_of(name) == "drop_path" else "dropout"
     return kind
 
 
-def _is_rate(value: Any) -> TypeGuard[float]:
+def is_rate(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
 
 
@@ -77,45 +70,47 @@ def _names_read_from_config(forward: Callable[..., Any]) -> list[str]:
     """Find the dropout names that a forward reads as `self.config.name` at every call (Falcon, ProphetNet, ...)."""
     code = getattr(inspect.unwrap(forward), "__code__", None)
     words = [instruction.argval for instruction in dis.get_instructions(code)] if code else []
-    found = [name for before, name in pairwise(words) if before == "config" and isinstance(name, str) and _kind(name)]
+    found = [
+        name for before, name in pairwise(words) if before == "config" and isinstance(name, str) and kind_of(name)
+    ]
     return list(dict.fromkeys(found))
 
 
-def _knobs(model: nn.Module) -> Iterator[_Knob]:
+def knobs_of(model: nn.Module) -> Iterator[Knob]:
     for path, module in model.named_modules():
         prefix, leaf = f"{path}." if path else "", path.rpartition(".")[2]
         module_kind = _module_kind(module, leaf)
         for name, value in vars(module).items():
-            kind = _kind(name)
+            kind = kind_of(name)
             # torch's recurrent layers drop between layers: with one layer their rate does nothing.
-            if not _is_rate(value) or (isinstance(module, nn.RNNBase) and module.num_layers == 1):
+            if not is_rate(value) or (isinstance(module, nn.RNNBase) and module.num_layers == 1):
                 continue
             if module_kind and (kind or name == "p"):
-                yield _Knob(DropoutSource(path, module_kind, float(value)), module, name)
+                yield Knob(DropoutSource(path, module_kind, float(value)), module, name)
             elif kind:
-                yield _Knob(DropoutSource(prefix + name, kind, float(value)), module, name)
+                yield Knob(DropoutSource(prefix + name, kind, float(value)), module, name)
         for name in _names_read_from_config(type(module).forward):
             config = getattr(module, "config", None)
-            value, kind = getattr(config, name, None), _kind(name)
-            if kind and _is_rate(value):
-                yield _Knob(DropoutSource(f"{prefix}config.{name}", kind, float(value)), config, name)
+            value, kind = getattr(config, name, None), kind_of(name)
+            if kind and is_rate(value):
+                yield Knob(DropoutSource(f"{prefix}config.{name}", kind, float(value)), config, name)
         if hasattr(module, "_mask_hidden_states") or hasattr(module, "_mask_input_features"):  # speech encoders
             config = getattr(module, "config", None)
             asked = bool(getattr(config, "apply_spec_augment", True))
             for name in ("mask_time_prob", "mask_feature_prob"):
-                if _is_rate(value := getattr(config, name, None)):
+                if is_rate(value := getattr(config, name, None)):
                     source = DropoutSource(f"{prefix}config.{name}", "spec_augment", asked * float(value))
-                    yield _Knob(source, config, name)
+                    yield Knob(source, config, name)
         for name, child in module.named_children():
             # ModernBERT, PEFT and others put an Identity where a dropout of rate 0 would be. Inside a container the
             # container's name tells: lora_dropout.default.
-            kind = _kind(leaf if isinstance(module, (nn.ModuleDict, nn.ModuleList)) else name)
+            kind = kind_of(leaf if isinstance(module, (nn.ModuleDict, nn.ModuleList)) else name)
             if kind and isinstance(child, nn.Identity):
                 kind = "dropout" if kind == "functional" else kind
-                yield _Knob(DropoutSource(prefix + name, kind, 0.0), module, name)
+                yield Knob(DropoutSource(prefix + name, kind, 0.0), module, name)
 
 
-def _configs(model: nn.Module) -> list[Any]:
+def configs_of(model: nn.Module) -> list[Any]:
     """Collect the configs of a model and its parts, with their sub-configs and PEFT's adapter configs, each once."""
     queue = [vars(module).get(name) for module in model.modules() for name in ("config", "peft_config")]
     found: dict[int, Any] = {}
@@ -129,6 +124,21 @@ def _configs(model: nn.Module) -> list[Any]:
     return list(found.values())
 
 
+def settings_beside_dropout(model: nn.Module) -> list[str]:
+    """List the entries of a model's configs, each with a value, that make its passes differ without dropout."""
+    found = []
+    for config in configs_of(model):
+        for name in vars(config):
+            value = getattr(config, name)
+            if kind_of(name) == "drop_path" and is_rate(value):
+                found.append(f"{name}=0.1")
+            elif name in ("router_jitter_noise", "input_jitter_noise") and is_rate(value):
+                found.append(f"{name}=0.01")
+            elif name == "mask_feature_prob" and is_rate(value):
+                found.append("apply_spec_augment=True, mask_feature_prob=0.1")
+    return list(dict.fromkeys(found))
+
+
 def inspect_dropout(model: nn.Module) -> list[DropoutSource]:
     """List everything in `model` that is random while training, in the order of `model.named_modules()`.
 
@@ -140,7 +150,7 @@ def inspect_dropout(model: nn.Module) -> list[DropoutSource]:
         >>> inspect_dropout(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1)))
         [DropoutSource(name='1', kind='dropout', rate=0.1)]
     """
-    return [knob.source for knob in _knobs(model)]
+    return [knob.source for knob in knobs_of(model)]
 
 
 def is_stochastic(sources: Iterable[DropoutSource]) -> bool:
@@ -159,79 +169,3 @@ def describe_sources(sources: Iterable[DropoutSource]) -> str:
     """List the places by their last names with kind and rate, each kind of place once, for a message."""
     found = {f"{s.name.rpartition('.')[2]} ({s.kind}) = {s.rate:g}" for s in sources}
     return ", ".join(sorted(found)) or "no dropout at all"
-
-
-def set_dropout(model: nn.Module, p: float) -> None:
-    """Set every dropout of `model` to `p`, in place: in its modules and in its configs.
-
-    Modules, rates that are handed to functions (such as attention dropout) and the entries of the model's config and
-    sub-configs all get `p`, so that the model has the same rates after `save_pretrained` and `from_pretrained`. So do
-    PEFT's `lora_dropout` and an `nn.Identity` in the place of a dropout of rate 0, which becomes an `nn.Dropout(p)`.
-    Config entries that are None stay None. Layerdrop, stochastic depth (drop path) and SpecAugment keep their rates.
-
-    `save_pretrained` does not store a rate that a model's code fixes without its config, one that the config's type
-    does not admit (MPT's is a whole number; a warning says so), nor the base model's rates when only an adapter is
-    saved: call this again after loading. No weight is touched and no random number is drawn.
-
-    Args:
-        model: the model, changed in place.
-        p: probability that an element is dropped, in [0, 1).
-
-    Raises:
-        ValueError: if `p` is not a number in [0, 1), or if `model` has no dropout that could be set.
-
-    Example:
-        >>> from torch import nn
-        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1))
-        >>> set_dropout(model, 0.3)
-        >>> inspect_dropout(model)
-        [DropoutSource(name='1', kind='dropout', rate=0.3)]
-    """
-    if isinstance(p, bool) or not isinstance(p, Real) or not math.isfinite(p) or not 0 <= p < 1:
-        raise ValueError(
-            f"The dropout rate is {p!r}, but it is the probability that an element is dropped: a number of at least 0 "
-            "and less than 1 (at 1 nothing would be left to train on). Pass for example 0.1."
-        )
-    knobs = [knob for knob in _knobs(model) if knob.source.kind in ("dropout", "functional")]
-    if not knobs:
-        raise ValueError(
-            f"{type(model).__name__} has no dropout that could be set: neither a dropout module nor an attribute that "
-            "holds a dropout rate. R-Drop compares two passes that differ by dropout, so add `nn.Dropout` modules to "
-            "the model or use a model that has them."
-        )
-    rate = float(p)
-    for _, owner, name in knobs:
-        if isinstance(getattr(owner, name), nn.Identity):
-            owner.register_module(name, nn.Dropout(rate).train(owner.training))
-        else:
-            setattr(owner, name, rate)
-    for config in _configs(model):
-        for name, value in list(vars(config).items()):
-            if _kind(name) != "functional":
-                continue
-            if _is_rate(value):
-                try:
-                    setattr(config, name, rate)
-                except StrictDataclassFieldValidationError as error:  # MPT's takes whole numbers only
-                    logger.warning(f"The config keeps {name}={value!r}, so save_pretrained loses the rate: {error}")
-            elif isinstance(value, (list, tuple)) and all(map(_is_rate, value)):  # one rate per stage, as in CvT
-                setattr(config, name, type(value)([rate] * len(value)))
-
-
-@contextmanager
-def modes_restored(model: nn.Module) -> Iterator[None]:
-    """Put every module back into training or evaluation mode afterwards, as it was (a frozen one may be in eval)."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-@contextmanager
-def dropout_off(model: nn.Module) -> Iterator[None]:
-    """Evaluate within the block; afterwards every module has its own mode back."""
-    with modes_restored(model):
-        model.eval()
-        yield
