@@ -1,0 +1,167 @@
+"""Make eight rows for a tiny model: lengths and numbers of labels differ, so that a wrong mean shows."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ROWS, LENGTH, TARGETS, CLASSES = 8, 16, 10, 3
+FIRST, LAST = 10, 30  # token ids: neither special nor a placeholder in any tiny model
+LENGTHS = (16, 9, 12, 16, 8, 14, 11, 13)
+SOUND = 4000
+
+Rows = list[dict[str, Tensor]]
+
+
+def make_rows(head: str, model: nn.Module) -> Rows:
+    """Make the rows that a model of this head is trained on."""
+    draw = torch.Generator().manual_seed(1)
+    names = set(inspect.signature(model.forward).parameters)
+    config: Any = model.config
+    rows = []
+    for i in range(ROWS):
+        row = _inputs(head, names, config, i, draw, model)
+        row.update(_labels(head, row, config, i, draw, names))
+        rows.append(row)
+    return rows
+
+
+def stack(rows: Rows) -> dict[str, Tensor]:
+    """Collate rows of one size."""
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+# ---- Inputs ----
+
+_VISION = ("image classification", "video classification", "semantic segmentation", "masked images", "object detection")
+
+
+def _inputs(head: str, names: set[str], config: Any, i: int, draw: Any, model: nn.Module) -> dict[str, Tensor]:
+    if head in _VISION:
+        return {_image_name(names): _image(head, config, draw)}
+    if "decoder_input_ids" in names and "input_ids" not in names or "input_features" in names and _hears(head, names):
+        pass
+    if head in ("speech seq2seq", "CTC", "audio classification", "audio frame classification", "speaker embeddings"):
+        found = _sound(names, config, draw, model)
+        if "input_ids" in names and "decoder_input_ids" not in names:
+            return _text(config, i, draw)  # a language model that hears: text alone
+        return found
+    row = _text(config, i, draw)
+    if head == "multiple choice":
+        other = _text(config, (i + 3) % ROWS, draw)
+        row = {name: torch.stack((row[name], other[name])) for name in row}
+    if "bbox" in names:
+        row["bbox"] = torch.zeros(*row["input_ids"].shape, 4, dtype=torch.long)
+    if head in ("visual question answering", "document question answering"):
+        row.update(_visual(names, config, draw))
+    return row
+
+
+def _hears(head: str, names: set[str]) -> bool:
+    return head.startswith(("speech", "audio"))
+
+
+def _text(config: Any, i: int, draw: Any) -> dict[str, Tensor]:
+    length = LENGTHS[i]
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    end, pad = getattr(text, "eos_token_id", None), getattr(text, "pad_token_id", None)
+    ids = torch.randint(FIRST, LAST, (LENGTH,), generator=draw)
+    if isinstance(end, int) and 0 <= end < 256 and getattr(config, "is_encoder_decoder", False):
+        ids[length - 1] = end  # BART's classifiers look for it
+    ids[length:] = pad if isinstance(pad, int) and pad >= 0 else 0
+    return {"input_ids": ids, "attention_mask": (torch.arange(LENGTH) < length).long()}
+
+
+def _image_name(names: set[str]) -> str:
+    return next(n for n in ("pixel_values", "pixel_values_videos", "inputs") if n in names)
+
+
+def _image(head: str, config: Any, draw: Any) -> Tensor:
+    size = _size(config)
+    channels = getattr(config, "num_channels", None) or 3
+    shape = (channels, size, size)
+    if head == "video classification":
+        frames = getattr(config, "num_frames", None) or getattr(config, "frames_per_clip", None) or 4
+        shape = (frames, *shape)
+    return torch.randn(shape, generator=draw)
+
+
+def _size(config: Any) -> int:
+    for owner in (config, getattr(config, "vision_config", None), getattr(config, "backbone_config", None)):
+        size = getattr(owner, "image_size", None) or getattr(owner, "crop_size", None)
+        if size:
+            return size if isinstance(size, int) else size[0]
+    return 64
+
+
+def _sound(names: set[str], config: Any, draw: Any, model: nn.Module) -> dict[str, Tensor]:
+    if "input_features" in names:
+        width = getattr(config, "feature_projection_input_dim", None) or getattr(config, "input_dim", None)
+        if width:
+            return {"input_features": torch.randn(24, width, generator=draw)}
+        encoder = getattr(config, "encoder_config", config)
+        mel = getattr(encoder, "num_mel_bins", None)
+        if getattr(config, "max_source_positions", None) and getattr(config, "model_type", "") == "whisper":
+            return {"input_features": torch.randn(mel, 2 * config.max_source_positions, generator=draw)}
+        if getattr(config, "input_feat_per_channel", None):
+            mel = config.input_feat_per_channel
+        return {"input_features": torch.randn(64, mel or 80, generator=draw)}
+    if getattr(config, "model_type", "") == "audio-spectrogram-transformer":
+        return {"input_values": torch.randn(config.max_length, config.num_mel_bins, generator=draw)}
+    return {"input_values": torch.randn(SOUND, generator=draw)}
+
+
+def _visual(names: set[str], config: Any, draw: Any) -> dict[str, Tensor]:
+    if "pixel_values" not in names:
+        return {}
+    size = _size(config)
+    return {"pixel_values": torch.randn(3, size, size, generator=draw)}
+
+
+# ---- Labels ----
+
+
+def _labels(
+    head: str, row: dict[str, Tensor], config: Any, i: int, draw: Any, names: set[str]
+) -> dict[str, Any]:
+    if head in ("question answering", "document question answering"):
+        return {"start_positions": torch.tensor(1 + i % 4), "end_positions": torch.tensor(3 + i % 4)}
+    if head in ("token classification", "masked LM"):
+        labels = torch.full((LENGTH,), -100)
+        n = LENGTHS[i]
+        if head == "masked LM":
+            places = torch.randperm(n - 2, generator=draw)[: 1 + i % 3] + 1
+            labels[places] = torch.randint(FIRST, LAST, (len(places),), generator=draw)
+        else:
+            labels[1 : n - 1] = torch.randint(0, CLASSES, (n - 2,), generator=draw)
+        return {"labels": labels}
+    if "decoder_input_ids" in names and head in ("seq2seq LM", "speech seq2seq", "image-text-to-text"):
+        labels = torch.full((TARGETS,), -100)
+        n = 3 + i % 7
+        labels[:n] = torch.randint(FIRST, LAST, (n,), generator=draw)
+        return {"labels": labels}
+    if head in ("causal LM", "image-text-to-text", "seq2seq LM", "speech seq2seq"):
+        if "input_ids" not in row:
+            labels = torch.full((TARGETS,), -100)
+            labels[: 3 + i % 7] = torch.randint(FIRST, LAST, (3 + i % 7,), generator=draw)
+            return {"labels": labels}
+        labels = row["input_ids"].masked_fill(row["attention_mask"] == 0, -100)
+        labels[: i % 3] = -100
+        return {"labels": labels}
+    if head == "semantic segmentation":
+        size = next(iter(row.values())).shape[-1]
+        return {"labels": torch.randint(0, CLASSES, (size, size), generator=draw)}
+    if head == "CTC":
+        labels = torch.full((4,), -100)
+        labels[: 1 + i % 3] = torch.randint(3, 20, (1 + i % 3,), generator=draw)
+        return {"labels": labels}
+    if head == "audio frame classification":
+        return {"labels": torch.randint(0, 2, (12, CLASSES), generator=draw)}
+    if head == "visual question answering":
+        return {"labels": torch.rand(CLASSES, generator=draw)}
+    if head == "masked images":
+        side = _size(config) // (getattr(config, "patch_size", None) or 8)
+        return {"bool_masked_pos": torch.arange(side * side) % 2 == 0}
+    classes = 2 if head in ("multiple choice", "next sentence") else CLASSES
+    return {"labels": torch.tensor(i % classes)}
