@@ -40,8 +40,6 @@ _VISION = ("image classification", "video classification", "semantic segmentatio
 def _inputs(head: str, names: set[str], config: Any, i: int, draw: Any, model: nn.Module) -> dict[str, Tensor]:
     if head in _VISION:
         return {_image_name(names): _image(head, config, draw)}
-    if "decoder_input_ids" in names and "input_ids" not in names or "input_features" in names and _hears(head, names):
-        pass
     if head in ("speech seq2seq", "CTC", "audio classification", "audio frame classification", "speaker embeddings"):
         found = _sound(names, config, draw, model)
         if "input_ids" in names and "decoder_input_ids" not in names:
@@ -52,14 +50,16 @@ def _inputs(head: str, names: set[str], config: Any, i: int, draw: Any, model: n
         other = _text(config, (i + 3) % ROWS, draw)
         row = {name: torch.stack((row[name], other[name])) for name in row}
     if "bbox" in names:
-        row["bbox"] = torch.zeros(*row["input_ids"].shape, 4, dtype=torch.long)
+        whole = torch.float if config.model_type == "bros" else torch.long
+        row["bbox"] = torch.zeros(*row["input_ids"].shape, 4, dtype=whole)
+    if "visual_feats" in names and hasattr(config, "visual_feat_dim"):
+        row["visual_feats"] = torch.randn(5, config.visual_feat_dim, generator=draw)
+        row["visual_pos"] = torch.rand(5, 4, generator=draw)
+    if head == "question answering" and config.model_type == "longformer":
+        row["input_ids"][[5, 6, 8]] = config.sep_token_id  # question and text are parted by these
     if head in ("visual question answering", "document question answering"):
         row.update(_visual(names, config, draw))
     return row
-
-
-def _hears(head: str, names: set[str]) -> bool:
-    return head.startswith(("speech", "audio"))
 
 
 def _text(config: Any, i: int, draw: Any) -> dict[str, Tensor]:

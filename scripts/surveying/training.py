@@ -101,6 +101,30 @@ def train(
     return step
 
 
+def without_other_noise(model: nn.Module) -> nn.Module:
+    """Copy a model without what is random beside its dropout rates: skipped layers, masked spans, jitter."""
+    model = copy.deepcopy(model)
+    owners = [model, *model.modules()]
+    owners += [config for owner in owners if (config := getattr(owner, "config", None)) is not None]
+    for owner in owners:
+        for name, value in _NOISE.items():
+            if isinstance(getattr(owner, name, None), (bool, int, float)):
+                setattr(owner, name, value)
+    return model
+
+
+_NOISE = {
+    "drop_prob": 0.0,
+    "layerdrop": 0.0,
+    "encoder_layerdrop": 0.0,
+    "decoder_layerdrop": 0.0,
+    "apply_spec_augment": False,
+    "router_jitter_noise": 0.0,
+    "input_jitter_noise": 0.0,
+    "jitter_noise": 0.0,
+}
+
+
 def differs_between_passes(model: nn.Module, batch: dict[str, Tensor], scores: Callable[[Any], Tensor | None]) -> bool:
     """Measure whether two passes of a batch differ in training, whatever the model says of its dropout."""
     model = copy.deepcopy(model).train()
