@@ -108,15 +108,6 @@ def test_deberta_with_a_convolution_shares_one_layer_at_most():
         check_shared_trunk(SharedTrunk(model, 2), model, repeated, 2)
 
 
-def test_bloom_is_refused():
-    model = tf.BloomForSequenceClassification(
-        tf.BloomConfig(vocab_size=VOCAB, hidden_size=16, n_layer=3, n_head=2, pad_token_id=0)
-    )
-    set_dropout(model, 0.1)
-    with pytest.raises(ValueError, match="does not run with its first 1 layers"):  # ALiBi of B * heads rows
-        check_shared_trunk(SharedTrunk(model, 1), model, repeat_batch(make_batch(model), 2), 2)
-
-
 # ---- What has to stay random ----
 
 
