@@ -48,7 +48,9 @@ def _find_plain_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
 def _without_convolutions(stacks: dict[str, nn.ModuleList]) -> dict[str, nn.ModuleList]:
     """Leave out stacks without a linear layer: the convolutions below or above an encoder of audio."""
     return {
-        name: stack for name, stack in stacks.items() if any(isinstance(m, (nn.Linear, Conv1D)) for m in stack.modules())
+        name: stack
+        for name, stack in stacks.items()
+        if any(isinstance(m, (nn.Linear, Conv1D)) for m in stack.modules())
     }
 
 
@@ -122,7 +124,9 @@ class SharedTrunk:
             if (axis := _grown_axis(a, b, passes)) is None:
                 continue
             self._hidden_axis, size = axis, a[axis]
-            for (name, t), (_, u) in zip(_named_tensors(self._names, one), _named_tensors(self._names, all_rows), strict=False):
+            for (name, t), (_, u) in zip(
+                _named_tensors(self._names, one), _named_tensors(self._names, all_rows), strict=False
+            ):
                 grown = _grown_axis(t.shape, u.shape, passes)
                 if grown is not None and t.shape[grown] % size == 0:
                     seen.setdefault((name, t.dim()), set()).add((grown, t.shape[grown] // size))

@@ -13,7 +13,6 @@ from support.trunk_models import (
     ARCHITECTURES,
     BERT_LIKE,
     DROPOUT_ABOVE_ALL,
-    VOCAB,
     Layer,
     Toy,
     all_layers,
@@ -48,12 +47,22 @@ class Again(Toy):
         return super().forward(self.layers[0](x), mask)
 
 
-class TimeFirst(Toy):
+class TimeFirst(Toy):  # its layers sum over the second dimension, which holds the rows here
     def forward(self, x, mask, labels=None):
         x = x.transpose(0, 1)
         for layer in self.layers:
             x = layer(x)
         return {"logits": x.transpose(0, 1)[:, -1]}
+
+
+class RightTimeFirst(TimeFirst):
+    class Layer(Layer):
+        def forward(self, hidden_states, mask=None, position_embeddings=None, log=None):
+            return super().forward(hidden_states.transpose(0, 1)).transpose(0, 1)
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(self.Layer() for _ in range(3))
 
 
 class Sums(Toy):
@@ -80,6 +89,21 @@ def test_check_refuses(model, k, reason, length):
     with pytest.raises(ValueError, match=reason) as error:
         check_shared_trunk(trunk, model, toy_batch(length=length), 2)
     assert "Set rdrop_shared_layers to" in str(error.value)
+
+
+@pytest.mark.parametrize("length", (4, 5, 6))  # 6 rows
+def test_check_learns_that_the_rows_are_not_the_first_dimension(length):
+    model, batch = RightTimeFirst(), toy_batch(length=length)
+    trunk = SharedTrunk(model, 2)
+    check_shared_trunk(trunk, model, batch, 2)
+    model.eval()
+    plain = model(**batch)["logits"]
+    shapes = []
+    for layer in model.layers:
+        layer.register_forward_pre_hook(lambda module, args: shapes.append(tuple(args[0].shape)))
+    trunk.start(2)
+    torch.testing.assert_close(model(**batch)["logits"], plain)
+    assert shapes == [(length, 3, 4), (length, 3, 4), (length, 6, 4)]
 
 
 def test_check_allows_for_what_rounding_does_when_the_number_of_rows_changes():
