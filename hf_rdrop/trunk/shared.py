@@ -205,7 +205,12 @@ def _named_tensors(names: tuple[str, ...], call: LayerCall) -> list[tuple[str, T
     args, kwargs, output = call
     found: list[tuple[str, Tensor]] = []
     for name, value in [*zip(names, args, strict=False), *kwargs.items(), ("", output)]:
-        map_tensors(lambda t, name=name: found.append((name, t)) or t, value)
+
+        def note(t: Tensor, name: str = name) -> Tensor:
+            found.append((name, t))
+            return t
+
+        map_tensors(note, value)
     return found
 
 
