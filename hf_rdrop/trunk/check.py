@@ -25,6 +25,7 @@ class Trunk(Protocol):
 
     def start(self, passes: int) -> None: ...
     def stop(self) -> None: ...
+    def set_axes(self, few: list[Any], many: list[Any], passes: int) -> None: ...
 
 
 def check_stacks(model: nn.Module, stacks: Mapping[str, nn.ModuleList]) -> None:
@@ -32,9 +33,10 @@ def check_stacks(model: nn.Module, stacks: Mapping[str, nn.ModuleList]) -> None:
     name = type(model).__name__
     if not stacks:
         raise ValueError(
-            f"rdrop_shared_layers: no list of transformer layers found in {name} (an nn.ModuleList of Transformers' "
-            "GradientCheckpointingLayer), so it is unknown which modules to share between the passes. Set "
-            "rdrop_shared_layers to 0, or derive the model's layers from GradientCheckpointingLayer."
+            f"rdrop_shared_layers: no list of transformer layers found in {name} (an nn.ModuleList of two or more "
+            "layers of one class, or of Transformers' GradientCheckpointingLayer), so it is unknown which modules to "
+            "share between the passes. One layer that is called many times, as in ALBERT, cannot be shared. Set "
+            "rdrop_shared_layers to 0."
         )
     # At most: an encoder alone may have its encoder-decoder's config (T5ForTokenClassification).
     most = 2 if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else 1
@@ -111,6 +113,11 @@ def check_shared_trunk(
         calls.append(module)
         dtypes.update(x.dtype for x in args if isinstance(x, Tensor))
 
+    layer_calls: list[Any] = []
+
+    def record_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        layer_calls.append((args, kwargs, output))
+
     def select(index: list[int]) -> dict[str, Any]:
         return {k: v if k in trunk.non_batch_inputs else _select(v, passes * size, index) for k, v in inputs.items()}
 
@@ -121,13 +128,19 @@ def check_shared_trunk(
     trunk.stop()
     with dropout_off(model), generators_restored(trunk.model):
         hooks = [module.register_forward_pre_hook(record) for module in trunk.model.modules()]
+        layer_hooks = [layer.register_forward_hook(record_layer, with_kwargs=True) for layer in trunk.layers]
         try:
             plain = run(rows)
-        finally:
+            many = layer_calls.copy()
+            layer_calls.clear()
             for hook in hooks:
                 hook.remove()
-        _check_calls(trunk, calls)
-        alone = run(rows[:few])
+            _check_calls(trunk, calls)
+            alone = run(rows[:few])
+        finally:
+            for hook in [*hooks, *layer_hooks]:
+                hook.remove()
+        trunk.set_axes(layer_calls, many, passes)
         trunk.start(passes)
         try:
             shared = run(rows)
@@ -155,6 +168,11 @@ def _check_calls(trunk: Trunk, calls: list[nn.Module]) -> None:
     k, name = trunk.shared_layers, type(trunk.model).__name__
     numbers = {layer: i for i, layer in enumerate(trunk.layers, 1)}
     order = [numbers[module] for module in calls if module in numbers]
+    if not order:
+        raise ValueError(
+            f"rdrop_shared_layers: {name} does not call its layers as modules (it calls their forward, or leaves them "
+            "out), so that their inputs cannot be cut. Set rdrop_shared_layers to 0."
+        )
     if order != list(range(1, k + 1)):
         raise ValueError(
             f"rdrop_shared_layers: one forward of {name} calls its first {k} layers in the order {order}, but only "
