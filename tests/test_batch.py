@@ -7,7 +7,7 @@ import torch
 from transformers import BatchEncoding
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from hf_rdrop.batch import few_rows, first_rows, get_batch_size, repeat_batch, split_passes, stack_passes
+from hf_rdrop.batch import first_rows, get_batch_size, repeat_batch, split_passes, stack_passes
 
 
 def test_every_tensor_with_a_batch_dimension_is_repeated_pass_after_pass():
@@ -102,38 +102,3 @@ def test_numbers_of_passes_that_make_no_sense():
         repeat_batch({"labels": torch.zeros(2)}, 0)
     with pytest.raises(ValueError, match="rows"):
         stack_passes(torch.tensor(1.0), 2)
-
-
-def test_what_lies_in_the_order_of_the_rows_is_repeated_as_a_whole():
-    """Five images of three rows, their sizes, sounds in a list; and a list with one tensor for each row."""
-    inputs = {
-        "input_ids": torch.arange(6).view(3, 2),
-        "pixel_values": torch.arange(10.0).view(5, 2),
-        "image_grid_thw": torch.ones(5, 3),
-        "audio_values": [torch.zeros(7), torch.ones(4)],
-        "class_weights": torch.ones(5),
-        "boxes": [torch.zeros(2, 4), torch.zeros(1, 4), torch.zeros(0, 4)],
-    }
-    found = repeat_batch(inputs)
-    assert {k: len(v) for k, v in found.items()} == {
-        "input_ids": 6, "pixel_values": 10, "image_grid_thw": 10, "audio_values": 4, "class_weights": 5, "boxes": 6
-    }  # fmt: skip
-    assert torch.equal(found["pixel_values"], torch.cat([inputs["pixel_values"]] * 2))
-    assert [len(boxes) for boxes in found["boxes"]] == [2, 1, 0, 2, 1, 0]
-    as_named = repeat_batch(inputs, whole_inputs=lambda name: name == "class_weights")
-    assert len(as_named["class_weights"]) == 10 and len(as_named["pixel_values"]) == 5
-
-
-@pytest.mark.parametrize("size", [2, 3])
-def test_positions_in_space_and_time_have_their_rows_in_the_second_dimension(size):
-    positions = torch.arange(3 * size * 4).view(3, size, 4)
-    found = repeat_batch({"input_ids": torch.zeros(size, 4), "position_ids": positions}, 3)["position_ids"]
-    assert torch.equal(found, torch.cat([positions] * 3, dim=1))
-    flat = repeat_batch({"input_ids": torch.zeros(size, 4), "position_ids": positions[0]})["position_ids"]
-    assert torch.equal(flat, torch.cat([positions[0]] * 2))
-
-
-def test_few_rows_of_a_batch_unless_images_lie_among_its_text():
-    text, images = {"input_ids": torch.zeros(5, 3)}, {"pixel_values": torch.zeros(5, 3, 2, 2)}
-    assert len(few_rows(text, 5, 2)["input_ids"]) == len(few_rows(images, 5, 2)["pixel_values"]) == 2
-    assert len(few_rows(text | images, 5, 2)["input_ids"]) == 5

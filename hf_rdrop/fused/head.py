@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..batch import few_rows
+from ..batch import first_rows
 from ..dropout import dropout_off
 from ..loss import RDropLossOutput
 from ..objective.heads import find_logits, shifted_labels
@@ -204,7 +204,7 @@ class FusedHead:
                 self.model._buffers[_FINAL_BIAS] = final_bias
 
     def check(self, model: nn.Module, inputs: Mapping[str, Any], labels: Tensor, shift_labels: bool) -> None:
-        """Try with dropout off, on two rows (all of them where images lie among the text), that it computes the loss.
+        """Try with dropout off, on two rows of a batch, that `linear_rdrop_loss` computes the model's loss.
 
         The head's output is replaced by random numbers, large enough for any soft-capping to show. They must come out
         of the model unchanged (but for `final_logits_bias`), and its loss must be their mean cross-entropy. Parameters
@@ -217,7 +217,7 @@ class FusedHead:
         name, size = type(self.model).__name__, len(labels)
         if inputs.get("labels") is not labels or labels.is_floating_point():
             raise ValueError("the batch has no integer `labels`")
-        rows = few_rows(inputs, size, 2)
+        rows = first_rows(dict(inputs), size, min(size, 2))
         fakes: list[Tensor] = []
         hiddens, weight_types = [], []
 

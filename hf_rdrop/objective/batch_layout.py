@@ -1,11 +1,11 @@
 """Read the batches of one model: `heads` and `batch` bound to its label names and configuration."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..batch import NON_BATCH_INPUTS, get_batch_size, has_parts_in_order, has_rows, repeat_batch
+from ..batch import NON_BATCH_INPUTS, get_batch_size, repeat_batch
 from .heads import find_labels, items_to_compare, predicts_next_token, valid_items
 
 
@@ -17,15 +17,12 @@ class BatchLayout(NamedTuple):
         non_batch_inputs: names of inputs that are not per example, which are never repeated.
         shifts_labels: whether the head scores position t against label t + 1 (causal language models).
         config: the model's configuration, or None.
-        whole_inputs: tells for a name whether the input holds parts of all rows one after another, and so is repeated
-            whatever its first dimension is.
     """
 
     label_names: Sequence[str] = ()
     non_batch_inputs: Collection[str] = NON_BATCH_INPUTS
     shifts_labels: bool = False
     config: Any = None
-    whole_inputs: Callable[[str], bool] = has_parts_in_order
 
     @classmethod
     def of(cls, model: nn.Module, label_names: Sequence[str], non_batch_inputs: Collection[str]) -> "BatchLayout":
@@ -43,14 +40,8 @@ class BatchLayout(NamedTuple):
 
     def repeat(self, inputs: Mapping[str, Any], passes: int) -> dict[str, Any]:
         """Repeat a batch for one forward of all passes: ``[x] -> [x; x]``."""
-        size, stay, whole = self.size(inputs), self.non_batch_inputs, self.whole_inputs
-        return repeat_batch(inputs, passes, batch_size=size, non_batch_inputs=stay, whole_inputs=whole)
-
-    def without_rows(self, inputs: Mapping[str, Any]) -> list[str]:
-        """Name the tensors of a batch that have not one row for each of its rows, and are not known to be shared."""
-        size, known = self.size(inputs), self.non_batch_inputs
-        found = [k for k, v in inputs.items() if isinstance(v, Tensor) and v.dim() > 0 and not has_rows(v, size)]
-        return [name for name in found if name not in known]
+        size = self.size(inputs)
+        return repeat_batch(inputs, passes, batch_size=size, non_batch_inputs=self.non_batch_inputs)
 
     def labelled_items(self, labels: Tensor) -> Tensor:
         """Mask the labels that the head's own loss averages over."""

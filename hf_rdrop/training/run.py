@@ -13,7 +13,6 @@ from ..objective.batch_layout import BatchLayout
 from ..objective.batch_loss import BatchLoss, Objective
 from ..objective.heads import find_logits
 from ..objective.parent_loss import ParentLoss, check_repeated_loss
-from ..objective.repetition import measure_repetition
 from ..objective.scored import measure_shift
 from ..sub_models import SubModels
 from ..training_args import REMOVED, check_removed
@@ -106,11 +105,8 @@ class TrainingRun:
             return
         self.measured = not again
         if shifts is not None and shifts != self.layout.shifts_labels:
-            self._replace_layout(self.layout._replace(shifts_labels=shifts))
-
-    def _replace_layout(self, layout: BatchLayout) -> None:
-        self.layout = self.items.layout = layout
-        self.read(self.settings)
+            self.layout = self.items.layout = self.layout._replace(shifts_labels=shifts)
+            self.read(self.settings)
 
     def read(self, settings: Settings) -> None:
         """Take over settings that may have changed between steps; the trunk and the fused head stay as they are."""
@@ -250,15 +246,10 @@ class TrainingRun:
             check_labels_of_head(self.model, labels)
         model = getattr(model, "_orig_mod", model)  # nothing is compiled for the sake of a check
         own_model = not type(self.model).__module__.startswith("transformers.")
-        low = self.args.bf16 or self.args.fp16 or any(p.element_size() < 4 for p in self.model.parameters())
-        rtol = 2e-2 if low else 1e-3
-        if not getattr(self.model, "is_quantized", False):
-            layout = measure_repetition(model, self.layout, inputs, self.settings.passes, rtol)
-            if layout is not self.layout:
-                self._replace_layout(layout)
-            if self.parent_loss.reader or own_model:
-                repeated = self.layout.repeat(inputs, self.settings.passes)
-                check_repeated_loss(self.parent_loss, model, inputs, repeated, rtol)
+        if (self.parent_loss.reader or own_model) and not getattr(self.model, "is_quantized", False):
+            low = self.args.bf16 or self.args.fp16 or any(p.element_size() < 4 for p in self.model.parameters())
+            repeated, rtol = self.layout.repeat(inputs, self.settings.passes), 2e-2 if low else 1e-3
+            check_repeated_loss(self.parent_loss, model, inputs, repeated, rtol)
         if self.trunk is not None:
             passes, size = self.settings.passes, self.layout.size(inputs)
             repeated = self.layout.repeat(inputs, passes)
