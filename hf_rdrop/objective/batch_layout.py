@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..batch import NON_BATCH_INPUTS, get_batch_size, repeat_batch
+from ..batch import NON_BATCH_INPUTS, get_batch_size, repeat_batch, unlike_rows
 from .heads import find_labels, items_to_compare, predicts_next_token, valid_items
 
 
@@ -32,7 +32,7 @@ class BatchLayout(NamedTuple):
 
     def size(self, inputs: Mapping[str, Any]) -> int:
         """Count the rows B of a batch."""
-        return get_batch_size(inputs, (*self.label_names, "input_ids"))
+        return get_batch_size(inputs, (*self.label_names, "input_ids", "inputs_embeds"))
 
     def labels(self, inputs: Mapping[str, Any]) -> Tensor | None:
         """Find the labels of a batch; None when it has none."""
@@ -42,6 +42,10 @@ class BatchLayout(NamedTuple):
         """Repeat a batch for one forward of all passes: ``[x] -> [x; x]``."""
         size = self.size(inputs)
         return repeat_batch(inputs, passes, batch_size=size, non_batch_inputs=self.non_batch_inputs)
+
+    def unlike_rows(self, inputs: Mapping[str, Any]) -> dict[str, str]:
+        """Say of each input that has not one entry per row, by name, how it is repeated."""
+        return unlike_rows(inputs, self.size(inputs), self.non_batch_inputs)
 
     def labelled_items(self, labels: Tensor) -> Tensor:
         """Mask the labels that the head's own loss averages over."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import TrainingArguments
@@ -15,6 +16,7 @@ from ..cost.model_shape import describe_model
 from ..cost.predict import predict_cost
 from ..fused.head import find_output_embeddings
 from ..objective.batch_layout import BatchLayout
+from ..objective.parent_loss import unrepeatable
 from .settings import RunFacts
 
 logger = logging.getLogger(__name__)
@@ -32,6 +34,37 @@ def labels_explained(model: nn.Module, layout: BatchLayout, inputs: Mapping[str,
         if (labels := layout.labels(inputs)) is not None:
             check_labels_of_head(model, labels, "a batch")
         raise
+
+
+@contextmanager
+def inputs_explained(model: nn.Module, layout: BatchLayout, inputs: Mapping[str, Any]) -> Iterator[None]:
+    """Turn the error of a model on a repeated batch into a refusal of the inputs that are not one per row.
+
+    (Errors of this package say themselves what to do.)
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        where = error.__traceback__
+        while where is not None and where.tb_next is not None:
+            where = where.tb_next
+        ours = where is not None and where.tb_frame.f_globals.get("__name__", "").startswith("hf_rdrop.")
+        if ours or not (unlike := layout.unlike_rows(inputs)):
+            raise
+        if (labels := layout.labels(inputs)) is not None and isinstance(error, (IndexError, RuntimeError)):
+            check_labels_of_head(model, labels, "a batch")
+        raise unrepeatable(unlike, f"{type(error).__name__}: {error}") from error
+
+
+def on_any_process(flag: bool, like: Tensor | None) -> bool:
+    """Tell whether a flag is set on one of the processes, all of which must call this together."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return flag
+    flags = torch.tensor(int(flag), device=None if like is None else like.device)
+    torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+    return bool(flags)
 
 
 def check_labels_of_head(model: nn.Module, labels: Tensor, where: str = "the first batch") -> None:
