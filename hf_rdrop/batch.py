@@ -137,6 +137,11 @@ def few_rows(inputs: Mapping[str, Any], size: int, count: int) -> dict[str, Any]
     return {**first_rows(kept, size, count), **axes}
 
 
+def has_items_in_order(inputs: Mapping[str, Any]) -> bool:
+    """Tell whether a batch has images, audio and the like, of which a row may have any number."""
+    return any(_IN_ORDER.search(name) for name in inputs)
+
+
 def _repeat_whole(name: str, value: Any, passes: int) -> Any:
     if isinstance(value, Tensor):
         return torch.cat([value] * passes) if value.dim() else value

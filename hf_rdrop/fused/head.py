@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..batch import few_rows
+from ..batch import few_rows, has_items_in_order
 from ..dropout import dropout_off
 from ..loss import RDropLossOutput
 from ..objective.heads import find_logits, shifted_labels
@@ -232,9 +232,10 @@ class FusedHead:
         with dropout_off(self.model), torch.no_grad(), self._replaced(probe), self._biases_moved():
             try:
                 outputs = model(**rows)
-            except Exception:  # images of which these rows have too few or too many
-                if len(rows["labels"]) == size and rows.keys() == inputs.keys():
+            except Exception:
+                if len(rows["labels"]) == size or not has_items_in_order(inputs):
                     raise
+                # Of images, of which these rows may have more or fewer than one each, or none may be left out.
                 rows = dict(inputs)
                 for seen in (fakes, hiddens, weight_types):
                     seen.clear()
