@@ -25,7 +25,9 @@ _IN_ORDER = re.compile(
 _MOST_AXES = 4  # of position ids that have one for text, time, height, width each: [axes, B, T]
 
 
-def get_batch_size(inputs: Mapping[str, Any], names: Collection[str] = ("labels", "input_ids", "inputs_embeds")) -> int:
+def get_batch_size(
+    inputs: Mapping[str, Any], names: Collection[str] = ("labels", "input_ids", "inputs_embeds")
+) -> int:
     """Read the number of examples off a batch: the first dimension of the first of `names`, else of any tensor.
 
     Raises:
@@ -158,7 +160,9 @@ def _axes_first(name: str, value: Any, inputs: Mapping[str, Any], size: int | No
     """Tell whether an input is position ids `[axes, B, T]` of several axes."""
     if name != "position_ids" or not isinstance(value, Tensor) or value.dim() != 3 or len(value) > _MOST_AXES:
         return False
-    ids = next((inputs[n] for n in ("input_ids", "inputs_embeds", "labels") if isinstance(inputs.get(n), Tensor)), None)
+    ids = next(
+        (inputs[n] for n in ("input_ids", "inputs_embeds", "labels") if isinstance(inputs.get(n), Tensor)), None
+    )
     if ids is not None and ids.dim() > 1 and value.shape[2] != ids.shape[1]:
         return False  # [B, T, axes], or [B, axes, ...]
     return size is None or value.shape[1] == size

@@ -147,12 +147,12 @@ def measure_consistency(
             del outputs
             head = resolve_head(getattr(base, "config", None), logits, labels, 1, shifts)
             problem_type = head.problem_type
-            labels = labels.to(logits.device)
-            batch = PassSums(head, shifted_labels(labels) if shifts else labels, logits)
+            labels = head.labels_for(logits, labels.to(logits.device))
+            batch = PassSums(head, shifted_labels(labels) if shifts else labels, head.classes_last(logits))
             del logits
             with _dropout_on(model):
                 for _ in range(num_samples):
-                    batch.add(find_logits(model(**inputs), rows, inputs))
+                    batch.add(head.classes_last(find_logits(model(**inputs), rows, inputs)))
             sums = batch.sums()
             total = sums if items == 0 else total + sums
             items += len(batch.off)

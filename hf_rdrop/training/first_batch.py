@@ -22,7 +22,7 @@ from .settings import RunFacts
 logger = logging.getLogger(__name__)
 
 # The heads of Transformers whose labels are classes below `config.num_labels`.
-_CLASSIFIER = re.compile(r"For(Sequence|Token|Image|Video|Audio)Classification$")
+_CLASSIFIER = re.compile(r"For((Sequence|Token|Image|Video|Audio)Classification|SemanticSegmentation)$")
 
 
 @contextmanager
@@ -32,7 +32,7 @@ def labels_explained(model: nn.Module, layout: BatchLayout, inputs: Mapping[str,
         yield
     except (IndexError, RuntimeError):
         if (labels := layout.labels(inputs)) is not None:
-            check_labels_of_head(model, labels, "a batch")
+            check_labels_of_head(model, labels, "a batch", layout.ignored)
         raise
 
 
@@ -54,7 +54,7 @@ def inputs_explained(model: nn.Module, layout: BatchLayout, inputs: Mapping[str,
         if ours or not (unlike := layout.unlike_rows(inputs)):
             raise
         if (labels := layout.labels(inputs)) is not None and isinstance(error, (IndexError, RuntimeError)):
-            check_labels_of_head(model, labels, "a batch")
+            check_labels_of_head(model, labels, "a batch", layout.ignored)
         raise unrepeatable(unlike, f"{type(error).__name__}: {error}") from error
 
 
@@ -67,8 +67,10 @@ def on_any_process(flag: bool, like: Tensor | None) -> bool:
     return bool(flags)
 
 
-def check_labels_of_head(model: nn.Module, labels: Tensor, where: str = "the first batch") -> None:
-    """Refuse a label that is neither a class of the model's head nor -100; it waits for the device.
+def check_labels_of_head(
+    model: nn.Module, labels: Tensor, where: str = "the first batch", ignored: int = -100
+) -> None:
+    """Refuse a label that is neither a class of the model's head nor the one to ignore; it waits for the device.
 
     (Out of range, the loss fails with an index error from its depths, or on a GPU with an assertion that ends the
     process's use of it. Heads whose number of classes is not known are left alone.)
@@ -83,15 +85,15 @@ def check_labels_of_head(model: nn.Module, labels: Tensor, where: str = "the fir
         classes, kind, remedy = config.num_labels, "classes", "load the model with num_labels=..."  # type: ignore
     else:
         return
-    valid = labels[labels != -100]
+    valid = labels[labels != ignored]
     if labels.is_floating_point() or classes < 2 or not valid.numel():
         return
     low, high = valid.min().item(), valid.max().item()
     if low < 0 or high >= classes:
         raise ValueError(
             f"The labels of {where} are from {low} to {high}, but {type(model).__name__} has {classes} "
-            f"{kind}: a label is from 0 to {classes - 1}, or -100 where nothing is to be learned. Check the labels, "
-            f"or {remedy}."
+            f"{kind}: a label is from 0 to {classes - 1}, or {ignored} where nothing is to be learned. Check the "
+            f"labels, or {remedy}."
         )
 
 

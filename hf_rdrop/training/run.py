@@ -244,7 +244,7 @@ class TrainingRun:
             self._prepare()
         self._tried_out = True
         if labels is not None:
-            check_labels_of_head(self.model, labels)
+            check_labels_of_head(self.model, labels, ignored=self.layout.ignored)
         model = getattr(model, "_orig_mod", model)  # nothing is compiled for the sake of a check
         own_model = not type(self.model).__module__.startswith("transformers.")
         unlike = self.layout.unlike_rows(inputs)
@@ -256,7 +256,15 @@ class TrainingRun:
         if self.trunk is not None:
             passes, size = self.settings.passes, self.layout.size(inputs)
             repeated = self.layout.repeat(inputs, passes)
-            check_shared_trunk(self.trunk, model, repeated, passes, batch_size=size, logits_of=self._compared_logits)
+            check_shared_trunk(
+                self.trunk,
+                model,
+                repeated,
+                passes,
+                batch_size=size,
+                unrepeated=inputs,
+                logits_of=self._compared_logits,
+            )
         self.fused_head = choose_fused_head(
             self.settings.fused_head,
             self.model,
