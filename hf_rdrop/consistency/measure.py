@@ -147,6 +147,11 @@ def measure_consistency(
             del outputs
             head = resolve_head(getattr(base, "config", None), logits, labels, 1, shifts)
             problem_type = head.problem_type
+            if head.by_pixel and head.problem_type != "single_label_classification":
+                raise ValueError(
+                    "Consistency is measured over classes of pixels, two or more, and this model has one score for "
+                    "each pixel. Measure a model with num_labels=2."
+                )
             labels = head.labels_for(logits, labels.to(logits.device))
             batch = PassSums(head, shifted_labels(labels) if shifts else labels, head.classes_last(logits))
             del logits

@@ -170,7 +170,8 @@ def check_comparison(config: Any, head: Head, logits: Tensor, labels: Tensor, pa
         logits, labels: `[m * B, ...]` and `[B, ...]`, of m `passes`.
         loss: the parent's loss of these logits.
     """
-    if getattr(config, "problem_type", None) is not None or head.problem_type == "single_label_classification":
+    known = head.by_pixel or head.problem_type == "single_label_classification"
+    if getattr(config, "problem_type", None) is not None or known:
         return
     scores, targets = logits.detach().float().flatten(), torch.cat([labels.flatten()] * passes).float()
 
