@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import re
-from collections.abc import Callable, Collection, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -139,9 +139,9 @@ def few_rows(inputs: Mapping[str, Any], size: int, count: int) -> dict[str, Any]
     return {**first_rows(kept, size, count), **axes}
 
 
-def has_items_in_order(inputs: Mapping[str, Any]) -> bool:
-    """Tell whether a batch has images, audio and the like, of which a row may have any number."""
-    return any(_IN_ORDER.search(name) for name in inputs)
+def has_items_in_order(names: Iterable[str]) -> bool:
+    """Tell by their names whether inputs are images, audio and the like, of which a row may have any number."""
+    return any(_IN_ORDER.search(name) for name in names)
 
 
 def _repeat_whole(name: str, value: Any, passes: int) -> Any:

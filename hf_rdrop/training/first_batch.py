@@ -1,5 +1,6 @@
 """Look at the first batch for `TrainingRun.try_out`: are its labels right, and what will a step cost."""
 
+import inspect
 import logging
 import re
 import sys
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import TrainingArguments
 
+from ..batch import has_items_in_order
 from ..cost.model_shape import describe_model
 from ..cost.predict import predict_cost
 from ..fused.head import find_output_embeddings
@@ -58,13 +60,13 @@ def inputs_explained(model: nn.Module, layout: BatchLayout, inputs: Mapping[str,
         raise unrepeatable(unlike, f"{type(error).__name__}: {error}") from error
 
 
-def on_any_process(flag: bool, like: Tensor | None) -> bool:
-    """Tell whether a flag is set on one of the processes, all of which must call this together."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return flag
-    flags = torch.tensor(int(flag), device=None if like is None else like.device)
-    torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
-    return bool(flags)
+def takes_items(model: nn.Module) -> bool:
+    """Tell whether a model takes images or audio beside texts, so that its inputs may be not one per row.
+
+    (By its signature, so that all processes decide alike, whatever their batches hold.)
+    """
+    names = inspect.signature(model.forward).parameters
+    return "input_ids" in names and has_items_in_order(names)
 
 
 def check_labels_of_head(

@@ -26,7 +26,7 @@ from .checks import (
     check_passes_differ,
     check_stochastic,
 )
-from .first_batch import check_labels_of_head, describe_cost, inputs_explained, on_any_process, show
+from .first_batch import check_labels_of_head, describe_cost, inputs_explained, show, takes_items
 from .item_counts import ItemCounts
 from .settings import RunFacts, Settings, StepPlan
 
@@ -247,12 +247,11 @@ class TrainingRun:
             check_labels_of_head(self.model, labels, ignored=self.layout.ignored)
         model = getattr(model, "_orig_mod", model)  # nothing is compiled for the sake of a check
         own_model = not type(self.model).__module__.startswith("transformers.")
-        unlike = self.layout.unlike_rows(inputs)
-        packed = on_any_process(bool(unlike), labels)
-        if (self.parent_loss.reader or own_model or packed) and not getattr(self.model, "is_quantized", False):
+        reads_otherwise = self.parent_loss.reader or own_model or takes_items(self.model)
+        if reads_otherwise and not getattr(self.model, "is_quantized", False):
             low = self.args.bf16 or self.args.fp16 or any(p.element_size() < 4 for p in self.model.parameters())
             repeated, rtol = self.layout.repeat(inputs, self.settings.passes), 2e-2 if low else 1e-3
-            check_repeated_loss(self.parent_loss, model, inputs, repeated, rtol, unlike)
+            check_repeated_loss(self.parent_loss, model, inputs, repeated, rtol, self.layout.unlike_rows(inputs))
         if self.trunk is not None:
             passes, size = self.settings.passes, self.layout.size(inputs)
             repeated = self.layout.repeat(inputs, passes)

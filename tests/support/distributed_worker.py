@@ -33,6 +33,7 @@ PARTS = {
             ("token", "shared layer", ACCUMULATED),
             ("seq2seq", "fused head + shared layer", ACCUMULATED),
             ("causal", "fused head", ACCUMULATED),
+            *(("images", option, ACCUMULATED) for option in ("default", "fused head")),
             ("token", "jensen_shannon", ACCUMULATED),
             *((head, "unlabeled", ACCUMULATED) for head in ("regression", "token")),
         ],
@@ -117,8 +118,8 @@ class RecordingTrainer(RDropTrainer):
         return super().train(*args, **kwargs)
 
     def training_step(self, model, inputs, *args, **kwargs):
-        columns = [inputs[name].tolist() for name in inputs]
-        rows = [dict(zip(inputs, row, strict=True)) for row in zip(*columns, strict=True)]
+        columns = {name: value.tolist() for name, value in inputs.items() if len(value) == len(inputs["labels"])}
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         loss = super().training_step(model, inputs, *args, **kwargs)
         self.seen.append((self.state.global_step, rows, loss.item()))
         return loss
