@@ -118,7 +118,7 @@ class RecordingTrainer(RDropTrainer):
         return super().train(*args, **kwargs)
 
     def training_step(self, model, inputs, *args, **kwargs):
-        columns = {name: value.tolist() for name, value in inputs.items() if len(value) == len(inputs["labels"])}
+        columns = {name: value.tolist() for name, value in inputs.items() if len(value) == len(inputs["input_ids"])}
         rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         loss = super().training_step(model, inputs, *args, **kwargs)
         self.seen.append((self.state.global_step, rows, loss.item()))
