@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..batch import first_rows
+from ..batch import few_rows
 from ..dropout import dropout_off
 from ..generators import generators_restored
 from .heads import shifted_labels
@@ -42,7 +42,7 @@ def measure_shift(model: nn.Module, wrapped: nn.Module, inputs: Mapping[str, Any
     found = _UNKNOWN
     for count in (ROWS, len(labels)):
         if found >= _UNKNOWN:
-            rows = first_rows(dict(inputs), len(labels), min(len(labels), count))
+            rows = few_rows(inputs, len(labels), min(len(labels), count))
             found = _least(_reading(_gradient_of_logits(model, wrapped, rows), rows["labels"]), labels.device)
     if found == _NEITHER:
         raise ValueError(

@@ -21,7 +21,8 @@ from .knobs import ways_to_differ
 
 #: Keys that collators of packed (padding-free) or sharded sequences add: their rows are not examples.
 PACKED_INPUTS = frozenset(
-    {"cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx", "packed_seq_lens", "shift_labels"}
+    {"cu_seq_lens_q", "cu_seq_lens_k", "cu_seq_lens", "cu_seqlens", "cu_seqlens_q", "cu_seqlens_k", "max_length_q"}
+    | {"max_length_k", "seq_idx", "packed_seq_lens", "shift_labels"}
 )
 
 
@@ -164,7 +165,8 @@ def check_batch(
         raise ValueError(
             "R-Drop cannot repeat packed (padding-free) batches: their single row holds many examples "
             f"({', '.join(sorted(packed)) or 'position_ids without attention_mask'}). Use a padding collator such as "
-            "DataCollatorWithPadding, or set rdrop_alpha to 0."
+            "DataCollatorWithPadding, or set rdrop_alpha to 0. (A single row that is one example needs its "
+            "attention_mask.)"
         )
     if label_smoothing and labels is not None and labels.is_floating_point():
         raise ValueError(

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..batch import get_batch_size, map_tensors
+from ..batch import get_batch_size, map_tensors, unlike_rows
 from ..dropout import dropout_off, inspect_dropout, is_stochastic
 from ..generators import generators_restored
 from ..objective.heads import find_logits
@@ -85,6 +85,7 @@ def check_shared_trunk(
     passes: int,
     *,
     batch_size: int | None = None,
+    unrepeated: Mapping[str, Any] | None = None,
     logits_of: Callable[[Any, int, Mapping[str, Any]], Tensor] = find_logits,
 ) -> None:
     """Check that sharing changes no logits in evaluation, and that something above the shared layers is random.
@@ -96,6 +97,7 @@ def check_shared_trunk(
         trunk, model: the trunk, and its model as training calls it, perhaps in a wrapper.
         inputs, passes: a repeated batch of m * B rows, and m >= 2.
         batch_size: number of examples B; read off the labels or input ids by default.
+        unrepeated: the batch before it was repeated, which is tried as a whole where inputs are not one per row.
         logits_of: takes the scores from outputs, given their number of rows and the batch before it was repeated.
 
     Raises:
@@ -104,7 +106,8 @@ def check_shared_trunk(
     model = getattr(model, "_orig_mod", model)  # a graph compiled for these few rows would never be used again
     name, k = type(trunk.model).__name__, trunk.shared_layers
     size = batch_size or get_batch_size(inputs) // passes
-    few = min(size, _CHECKED_EXAMPLES)
+    whole = unrepeated is not None and bool(unlike_rows(unrepeated, size, trunk.non_batch_inputs))
+    few = size if whole else min(size, _CHECKED_EXAMPLES)
     rows = [i * size + j for i in range(passes) for j in range(few)]
     calls: list[nn.Module] = []
     dtypes: set[torch.dtype] = set()
@@ -119,6 +122,8 @@ def check_shared_trunk(
         layer_calls.append((args, kwargs, output))
 
     def select(index: list[int]) -> dict[str, Any]:
+        if whole and unrepeated is not None:
+            return dict(inputs if len(index) == len(rows) else unrepeated)
         return {k: v if k in trunk.non_batch_inputs else _select(v, passes * size, index) for k, v in inputs.items()}
 
     def run(index: list[int]) -> Tensor:
