@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import re
-from collections.abc import Callable, Collection, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -12,29 +12,32 @@ from torch import Tensor
 #: Inputs of Transformers models that have one value for the whole batch, whatever their first dimension is.
 NON_BATCH_INPUTS = frozenset(
     {"head_mask", "decoder_head_mask", "cross_attn_head_mask", "cache_position", "num_items_in_batch"}
+    | {"logits_to_keep"}
 )
 
-# Inputs of Transformers' models that hold the parts of all rows one after another (patches, tiles, images, chunks of
-# audio), whatever their first dimension is, and the sizes of these parts.
-_PARTS_IN_ORDER = re.compile(
-    r"(pixel|image|video|audio|input_features|input_audio|feature|spatial_shape|patch|crop|second_per_grid)"
+# Inputs by the words in their names that hold what belongs to the rows one after the other, any number to a row:
+# images, their patches packed into one dimension, grid sizes, chunks of audio, lists with an entry for each.
+_IN_ORDER = re.compile(
+    r"(^|_)(pixel|pixels|image|images|video|videos|frames|patch|patches|patchified|grid|grids|thw|tgt|target_sizes|"
+    r"spatial_shapes|crop|crops|tile|tiles|aspect|audio|audios|speech|feature|features|chunk|waveform|deepstack|"
+    r"visual)(_|$)|^(mask_labels|class_labels|second_per_grids?)$"
 )
+_MOST_AXES = 4  # of position ids that have one for text, time, height, width each: [axes, B, T]
 
 
-def has_parts_in_order(name: str) -> bool:
-    """Tell by an input's name whether it holds the images or sounds of all rows one after another."""
-    return _PARTS_IN_ORDER.match(name) is not None
-
-
-def get_batch_size(inputs: Mapping[str, Any], names: Collection[str] = ("labels", "input_ids")) -> int:
+def get_batch_size(
+    inputs: Mapping[str, Any], names: Collection[str] = ("labels", "input_ids", "inputs_embeds")
+) -> int:
     """Read the number of examples off a batch: the first dimension of the first of `names`, else of any tensor.
 
     Raises:
         ValueError: if the batch holds no tensor with a batch dimension.
     """
-    for value in [*(inputs[name] for name in names if name in inputs), *inputs.values()]:
+    by_row = [name for name in inputs if not _IN_ORDER.search(name)]
+    for name in (*names, *by_row, *inputs):
+        value = inputs.get(name)
         if isinstance(value, Tensor) and value.dim() > 0:
-            return len(value)
+            return value.shape[1] if _axes_first(name, value, inputs) else len(value)
     raise ValueError(
         f"The batch has no tensor with a batch dimension (its keys: {', '.join(inputs) or 'none'}), so it cannot be "
         "repeated for a second pass. Check that the data collator returns tensors."
@@ -47,23 +50,24 @@ def repeat_batch(
     *,
     batch_size: int | None = None,
     non_batch_inputs: Collection[str] = NON_BATCH_INPUTS,
-    whole_inputs: Callable[[str], bool] = has_parts_in_order,
 ) -> dict[str, Any]:
     """Repeat every per-example tensor, so that one forward runs all passes: ``[x] -> [x; x]``.
 
     Dropout draws one mask per element, so the halves of the repeated batch go through different sub-models.
+
+    Images and audio need not be one per row: what a model takes in the order of the rows (`pixel_values`,
+    `image_grid_thw`, `input_features`, ..., by the words in their names) is repeated as a whole. `position_ids` of
+    several axes, `[3, B, T]`, are repeated in their second dimension.
 
     Args:
         inputs: what the model is called with; not changed. Tensors may be nested in dicts, lists and tuples.
         passes: how often to repeat, m >= 1.
         batch_size: number of examples B; read off the labels or input ids by default.
         non_batch_inputs: names of inputs that are never repeated, even if their first dimension happens to be B.
-        whole_inputs: tells for a name whether the input holds parts of all rows one after another (packed patches
-            and their grid sizes, several images a row), and so is repeated whatever its first dimension is.
 
     Returns:
-        A new dict: tensors with first dimension B, and lists of B entries, have m * B rows, pass after pass; so have
-        `position_ids` of `[axes, B, T]` in their second dimension, and `whole_inputs`. Everything else is passed
+        A new dict: tensors (and lists of B non-tensors) with first dimension B have m * B rows, pass after pass; so
+        have those that are in the order of the rows, whatever their first dimension is. Everything else is passed
         through.
 
     Raises:
@@ -77,26 +81,91 @@ def repeat_batch(
         raise ValueError(f"passes must be at least 1, got {passes!r}: it says how often the batch is repeated.")
     size = get_batch_size(inputs) if batch_size is None else batch_size
 
-    def repeat(value: Any, whole: bool) -> Any:
+    def repeat(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return torch.cat([value] * passes) if value.dim() > 0 and (whole or len(value) == size) else value
+            return torch.cat([value] * passes) if value.dim() > 0 and len(value) == size else value
         if isinstance(value, Mapping):
-            return {key: repeat(item, whole) for key, item in value.items()}
+            return {key: repeat(item) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
-            # A list of B entries has one for each row, unless each of them has B rows itself (one for each layer).
-            if whole or (len(value) == size and not any(has_rows(item, size) for item in value)):
-                return value * passes if type(value) in (list, tuple) else _like(value, list(value) * passes)
-            return _like(value, [repeat(item, whole) for item in value])
+            if len(value) == size and not any(map(_holds_tensor, value)):
+                return value * passes
+            return _like(value, [repeat(item) for item in value])
         return value
 
-    def of(name: str, value: Any) -> Any:
+    def repeat_input(name: str, value: Any) -> Any:
         if name in non_batch_inputs:
             return value
-        if name == "position_ids" and isinstance(value, Tensor) and value.dim() == 3 and value.shape[1] == size:
-            return torch.cat([value] * passes, dim=1)  # [axes, B, T] of rotary embeddings in space and time
-        return repeat(value, whole_inputs(name))
+        if _axes_first(name, value, inputs, size):
+            return torch.cat([value] * passes, 1)
+        return _repeat_whole(name, value, passes) if _IN_ORDER.search(name) else repeat(value)
 
-    return {name: of(name, value) for name, value in inputs.items()}
+    return {name: repeat_input(name, value) for name, value in inputs.items()}
+
+
+def unlike_rows(
+    inputs: Mapping[str, Any], size: int, non_batch_inputs: Collection[str] = NON_BATCH_INPUTS
+) -> dict[str, str]:
+    """Find the inputs of a batch of `size` rows whose first dimension is not that of the rows.
+
+    Returns:
+        How `repeat_batch` reads each of them, in words with its shape.
+    """
+    found = {}
+    for name, value in inputs.items():
+        count = len(value) if isinstance(value, (list, tuple)) or (isinstance(value, Tensor) and value.dim()) else size
+        if name in non_batch_inputs or (count == size and not _axes_first(name, value, inputs, size)):
+            continue
+        shape = list(value.shape) if isinstance(value, Tensor) else f"{type(value).__name__} of {count}"
+        if _axes_first(name, value, inputs, size):
+            found[name] = f"{name} {shape}: repeated in its second dimension"
+        elif _IN_ORDER.search(name):
+            found[name] = f"{name} {shape}: repeated as a whole, as what belongs to the rows one after the other"
+        else:
+            found[name] = f"{name} {shape}: not repeated, as what is the same for all rows"
+    return found
+
+
+def few_rows(inputs: Mapping[str, Any], size: int, count: int) -> dict[str, Any]:
+    """Cut a batch of `size` rows to its first `count`.
+
+    Where the images of a row cannot be told from those of the next, the rows are left without them: their places in
+    the text stay, and models read them as tokens.
+    """
+    if count >= size:
+        return dict(inputs)
+    loose = {name for name in unlike_rows(inputs, size) if _IN_ORDER.search(name)}
+    kept = {k: v for k, v in inputs.items() if not (loose and _IN_ORDER.search(k))}
+    axes = {k: v[:, :count] for k, v in kept.items() if _axes_first(k, v, inputs, size)}
+    return {**first_rows(kept, size, count), **axes}
+
+
+def has_items_in_order(names: Iterable[str]) -> bool:
+    """Tell by their names whether inputs are images, audio and the like, of which a row may have any number."""
+    return any(_IN_ORDER.search(name) for name in names)
+
+
+def _repeat_whole(name: str, value: Any, passes: int) -> Any:
+    if isinstance(value, Tensor):
+        return torch.cat([value] * passes) if value.dim() else value
+    if isinstance(value, Mapping):
+        return {key: _repeat_whole(name, item, passes) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        if name.startswith("deepstack"):  # a tensor for each layer
+            return _like(value, [_repeat_whole(name, item, passes) for item in value])
+        return value * passes
+    return value
+
+
+def _axes_first(name: str, value: Any, inputs: Mapping[str, Any], size: int | None = None) -> bool:
+    """Tell whether an input is position ids `[axes, B, T]` of several axes."""
+    if name != "position_ids" or not isinstance(value, Tensor) or value.dim() != 3 or len(value) > _MOST_AXES:
+        return False
+    ids = next(
+        (inputs[n] for n in ("input_ids", "inputs_embeds", "labels") if isinstance(inputs.get(n), Tensor)), None
+    )
+    if ids is not None and ids.dim() > 1 and value.shape[2] != ids.shape[1]:
+        return False  # [B, T, axes], or [B, axes, ...]
+    return size is None or value.shape[1] == size
 
 
 def split_passes(logits: Tensor, passes: int = 2) -> tuple[Tensor, ...]:
@@ -124,12 +193,6 @@ def first_rows(values: Any, total: int, rows: int) -> Any:
     return map_tensors(lambda t: t[:rows] if t.dim() > 0 and len(t) == total else t, values)
 
 
-def few_rows(inputs: Mapping[str, Any], rows: int, count: int) -> dict[str, Any]:
-    """Cut a batch of so many rows to the first `count`; not where images or sounds of some rows lie among the text."""
-    parts = "input_ids" in inputs and any(map(has_parts_in_order, inputs))
-    return dict(inputs) if parts or rows <= count else first_rows(dict(inputs), rows, count)
-
-
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     """Apply a function to all tensors in nested dicts, lists and tuples.
 
@@ -155,12 +218,10 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     return value
 
 
-def has_rows(value: Any, size: int) -> bool:
-    """Tell whether a tensor, or one in nested dicts, lists and tuples, has `size` rows."""
-    if isinstance(value, Tensor):
-        return value.dim() > 0 and len(value) == size
-    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
-    return any(has_rows(item, size) for item in items)
+def _holds_tensor(value: Any) -> bool:
+    return isinstance(value, (Mapping, Tensor)) or (
+        isinstance(value, (list, tuple)) and any(map(_holds_tensor, value))
+    )
 
 
 def _like(template: list[Any] | tuple[Any, ...], items: list[Any]) -> Any:

@@ -7,7 +7,15 @@ import torch
 from transformers import BatchEncoding
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from hf_rdrop.batch import few_rows, first_rows, get_batch_size, repeat_batch, split_passes, stack_passes
+from hf_rdrop.batch import (
+    few_rows,
+    first_rows,
+    get_batch_size,
+    repeat_batch,
+    split_passes,
+    stack_passes,
+    unlike_rows,
+)
 
 
 def test_every_tensor_with_a_batch_dimension_is_repeated_pass_after_pass():
@@ -104,36 +112,64 @@ def test_numbers_of_passes_that_make_no_sense():
         stack_passes(torch.tensor(1.0), 2)
 
 
-def test_what_lies_in_the_order_of_the_rows_is_repeated_as_a_whole():
-    """Five images of three rows, their sizes, sounds in a list; and a list with one tensor for each row."""
-    inputs = {
-        "input_ids": torch.arange(6).view(3, 2),
-        "pixel_values": torch.arange(10.0).view(5, 2),
-        "image_grid_thw": torch.ones(5, 3),
-        "audio_values": [torch.zeros(7), torch.ones(4)],
-        "class_weights": torch.ones(5),
-        "boxes": [torch.zeros(2, 4), torch.zeros(1, 4), torch.zeros(0, 4)],
+def test_images_of_any_number_to_a_row_are_repeated_as_a_whole():
+    patches, grids = torch.arange(14.0).view(7, 2), torch.tensor([[1, 2, 2], [1, 1, 3], [1, 1, 1]])
+    batch = {
+        "input_ids": torch.zeros(2, 5).long(),
+        "pixel_values": patches,  # of three images, packed
+        "image_grid_thw": grids,
+        "image_sizes": [(2, 2), (1, 3), (1, 1)],
+        "input_features": [torch.zeros(1, 4), torch.ones(2, 4)],  # a list with one entry per row: no batch in them
+        "audio_feature_lengths": torch.tensor([4, 5, 6, 7]),
+        "deepstack_visual_embeds": [torch.arange(3.0)[:, None], torch.arange(3.0)[:, None] + 10],  # one per layer
+        "video_fps": torch.tensor(2.0),
+        "images": None,
+        "interpolate_pos_encoding": True,
     }
-    found = repeat_batch(inputs)
-    assert {k: len(v) for k, v in found.items()} == {
-        "input_ids": 6, "pixel_values": 10, "image_grid_thw": 10, "audio_values": 4, "class_weights": 5, "boxes": 6
-    }  # fmt: skip
-    assert torch.equal(found["pixel_values"], torch.cat([inputs["pixel_values"]] * 2))
-    assert [len(boxes) for boxes in found["boxes"]] == [2, 1, 0, 2, 1, 0]
-    as_named = repeat_batch(inputs, whole_inputs=lambda name: name == "class_weights")
-    assert len(as_named["class_weights"]) == 10 and len(as_named["pixel_values"]) == 5
+    out = repeat_batch(batch, 2)
+    assert torch.equal(out["pixel_values"], torch.cat((patches, patches)))
+    assert out["image_grid_thw"].tolist() == grids.tolist() * 2 and out["image_sizes"] == batch["image_sizes"] * 2
+    assert [len(item) for item in out["input_features"]] == [1, 2, 1, 2]
+    assert out["audio_feature_lengths"].tolist() == [4, 5, 6, 7] * 2
+    assert [layer.flatten().tolist() for layer in out["deepstack_visual_embeds"]] == [
+        [0, 1, 2, 0, 1, 2],
+        [10, 11, 12, 10, 11, 12],
+    ]
+    assert out["video_fps"].dim() == 0 and out["images"] is None and out["interpolate_pos_encoding"] is True
+    one = {**batch, "pixel_values": patches[:1]}  # a single image for all rows of the batch
+    assert repeat_batch(one, 3)["pixel_values"].shape == (3, 2)
+    assert repeat_batch(batch, non_batch_inputs={"image_sizes"})["image_sizes"] == batch["image_sizes"]
 
 
-@pytest.mark.parametrize("size", [2, 3])
-def test_positions_in_space_and_time_have_their_rows_in_the_second_dimension(size):
-    positions = torch.arange(3 * size * 4).view(3, size, 4)
-    found = repeat_batch({"input_ids": torch.zeros(size, 4), "position_ids": positions}, 3)["position_ids"]
-    assert torch.equal(found, torch.cat([positions] * 3, dim=1))
-    flat = repeat_batch({"input_ids": torch.zeros(size, 4), "position_ids": positions[0]})["position_ids"]
-    assert torch.equal(flat, torch.cat([positions[0]] * 2))
+def test_position_ids_of_several_axes_have_their_rows_in_the_second_dimension():
+    for rows in (1, 2, 3, 4):
+        ids = torch.zeros(rows, 5).long()
+        positions = torch.arange(3 * rows * 5).view(3, rows, 5)
+        out = repeat_batch({"position_ids": positions, "input_ids": ids}, 2)
+        assert torch.equal(out["position_ids"], torch.cat((positions, positions), 1))
+        assert get_batch_size({"position_ids": positions, "attention_mask": ids}) == rows
+        points = torch.arange(rows * 5 * 2).view(rows, 5, 2)  # two coordinates for each position
+        out = repeat_batch({"position_ids": points, "input_ids": ids}, 2)
+        assert torch.equal(out["position_ids"], torch.cat((points, points)))
 
 
-def test_few_rows_of_a_batch_unless_images_lie_among_its_text():
-    text, images = {"input_ids": torch.zeros(5, 3)}, {"pixel_values": torch.zeros(5, 3, 2, 2)}
-    assert len(few_rows(text, 5, 2)["input_ids"]) == len(few_rows(images, 5, 2)["pixel_values"]) == 2
-    assert len(few_rows(text | images, 5, 2)["input_ids"]) == 5
+def test_what_is_not_one_per_row_is_told():
+    batch = {
+        "input_ids": torch.zeros(2, 5).long(),
+        "attention_mask": torch.ones(2, 5),
+        "pixel_values": torch.zeros(7, 2),
+        "position_ids": torch.zeros(3, 2, 5),
+        "weights": torch.ones(4),
+        "table": torch.ones(9),
+    }
+    found = unlike_rows(batch, 2, {"table"})
+    assert found == {
+        "pixel_values": "pixel_values [7, 2]: repeated as a whole, as what belongs to the rows one after the other",
+        "position_ids": "position_ids [3, 2, 5]: repeated in its second dimension",
+        "weights": "weights [4]: not repeated, as what is the same for all rows",
+    }
+    few = few_rows(batch, 2, 1)
+    assert few["input_ids"].shape == (1, 5) and few["position_ids"].shape == (3, 1, 5) and "pixel_values" not in few
+    assert few["weights"].shape == (4,)
+    assert few_rows({**batch, "pixel_values": torch.zeros(2, 3)}, 2, 1)["pixel_values"].shape == (1, 3)
+    assert few_rows(batch, 2, 2)["pixel_values"].shape == (7, 2)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -130,7 +131,7 @@ def measure_consistency(
     """
     check_measurable(model, num_samples)
     base: nn.Module = getattr(model, "get_base_model", lambda: model)()  # without PEFT's adapter
-    shifts = predicts_next_token(base)
+    shifts, known = predicts_next_token(base), False
     device = next(base.parameters()).device
     total, items = torch.zeros(0, dtype=torch.float64), 0
     kept: list[tuple[np.ndarray, np.ndarray]] = []
@@ -140,15 +141,24 @@ def measure_consistency(
             inputs, labels = _with_labels(inputs, device)
             rows = get_batch_size(inputs)
             with dropout_off(model):
-                logits = find_logits(model(**inputs), rows, inputs)
+                outputs = model(**inputs)
+            logits = find_logits(outputs, rows, inputs)
+            if not known:
+                shifts, known = _shifts_by_loss(outputs, logits, labels.to(logits.device), shifts)
+            del outputs
             head = resolve_head(getattr(base, "config", None), logits, labels, 1, shifts)
             problem_type = head.problem_type
-            labels = labels.to(logits.device)
-            batch = PassSums(head, shifted_labels(labels) if shifts else labels, logits)
+            if head.by_pixel and head.problem_type != "single_label_classification":
+                raise ValueError(
+                    "Consistency is measured over classes of pixels, two or more, and this model has one score for "
+                    "each pixel. Measure a model with num_labels=2."
+                )
+            labels = head.labels_for(logits, labels.to(logits.device))
+            batch = PassSums(head, shifted_labels(labels) if shifts else labels, head.classes_last(logits))
             del logits
             with _dropout_on(model):
                 for _ in range(num_samples):
-                    batch.add(find_logits(model(**inputs), rows, inputs))
+                    batch.add(head.classes_last(find_logits(model(**inputs), rows, inputs)))
             sums = batch.sums()
             total = sums if items == 0 else total + sums
             items += len(batch.off)
@@ -188,6 +198,22 @@ def check_measurable(model: nn.Module, num_samples: int) -> None:
             "itself. Measure a model that was trained with dropout, or set the rate that it was trained with: "
             "hf_rdrop.set_dropout(model, 0.1), on a command line --rdrop_dropout 0.1."
         )
+
+
+def _shifts_by_loss(outputs: Any, logits: Tensor, labels: Tensor, guess: bool) -> tuple[bool, bool]:
+    """Tell by a language model's own loss whether it shifts the labels, and whether this batch was enough to tell.
+
+    (Its class only suggests it: vision-language models shift them, decoders of encoder-decoders do not.)
+    """
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs[0]
+    if labels.dim() != 2 or labels.is_floating_point() or logits.shape[:-1] != labels.shape:
+        return guess, True
+    if not isinstance(loss, Tensor) or loss.dim():
+        return guess, True
+    readings = (labels, shifted_labels(labels))
+    ces = torch.stack([F.cross_entropy(logits.float().flatten(0, 1), reading.flatten()) for reading in readings])
+    near = torch.isclose(ces, loss.float(), rtol=1e-2)
+    return (bool(near[1]) if near.sum() == 1 else guess), bool(near.sum() == 1)
 
 
 def _score(values: list[float]) -> Score:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..batch import few_rows
+from ..batch import few_rows, has_items_in_order
 from ..dropout import dropout_off
 from ..loss import RDropLossOutput
 from ..objective.heads import find_logits, shifted_labels
@@ -204,7 +204,7 @@ class FusedHead:
                 self.model._buffers[_FINAL_BIAS] = final_bias
 
     def check(self, model: nn.Module, inputs: Mapping[str, Any], labels: Tensor, shift_labels: bool) -> None:
-        """Try with dropout off, on two rows (all of them where images lie among the text), that it computes the loss.
+        """Try with dropout off, on two rows of a batch, that `linear_rdrop_loss` computes the model's loss.
 
         The head's output is replaced by random numbers, large enough for any soft-capping to show. They must come out
         of the model unchanged (but for `final_logits_bias`), and its loss must be their mean cross-entropy. Parameters
@@ -217,7 +217,7 @@ class FusedHead:
         name, size = type(self.model).__name__, len(labels)
         if inputs.get("labels") is not labels or labels.is_floating_point():
             raise ValueError("the batch has no integer `labels`")
-        rows = few_rows(inputs, size, 2)
+        rows = few_rows(inputs, size, min(size, 2))
         fakes: list[Tensor] = []
         hiddens, weight_types = [], []
 
@@ -230,7 +230,16 @@ class FusedHead:
             return fakes[-1]
 
         with dropout_off(self.model), torch.no_grad(), self._replaced(probe), self._biases_moved():
-            outputs = model(**rows)
+            try:
+                outputs = model(**rows)
+            except Exception:
+                if len(rows["labels"]) == size or not has_items_in_order(inputs):
+                    raise
+                # Of images, of which these rows may have more or fewer than one each, or none may be left out.
+                rows = dict(inputs)
+                for seen in (fakes, hiddens, weight_types):
+                    seen.clear()
+                outputs = model(**rows)
             model(**self._without_labels(rows))
         labels = rows["labels"]
         if [fake.shape[:-1] for fake in fakes] != [labels.shape] * 2:

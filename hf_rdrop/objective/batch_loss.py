@@ -122,7 +122,7 @@ class Objective:
         assert labels is not None  # `check_batch`
         head = resolve_head(layout.config, logits, labels, passes, layout.shifts_labels)
         if self.unlabeled and head.mask is not None:
-            head = head._replace(mask=layout.items_to_compare(labels, inputs))
+            head = head.with_items(layout.items_to_compare(labels, inputs), logits)
         return _Predictions(logits, head, hidden)
 
     def _divergence(self, term: Term, found: _Predictions, passes: int) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES,
 )
 
 from ..agreements import OUTPUT_AGREEMENTS
@@ -16,22 +17,39 @@ from ..batch import stack_passes
 
 SUPPORTED_HEADS = (
     "classification of sequences, images and audio (single-label, multi-label, regression), token classification, "
-    "multiple choice, question answering, language modelling (sequence-to-sequence, causal, masked); for any other, "
-    "logits_for_agreement=... says what to compare"
+    "multiple choice, question answering, semantic segmentation, language modelling (sequence-to-sequence, causal, "
+    "masked); for any other, logits_for_agreement=... says what to compare"
 )
 # The labels of question answering, whose head has two distributions over the positions of a row.
 ANSWER = ("start_positions", "end_positions")
 
 
 class Head(NamedTuple):
-    """How the passes of one head are compared: a key of `functional.AGREEMENTS`, and a mask of the items."""
+    """How the passes of one head are compared: a key of `functional.AGREEMENTS`, and a mask of the items.
+
+    With `by_pixel` the classes are the second dimension of the logits, before height and width.
+    """
 
     problem_type: str
     mask: Tensor | None
+    by_pixel: bool = False
 
     def divergence(self, logits: Tensor, passes: int, name: str = "symmetric_kl") -> Tensor:
         """Compute a divergence of `OUTPUT_AGREEMENTS` from the logits `[m * B, ...]` of a repeated batch."""
-        return OUTPUT_AGREEMENTS[name](stack_passes(logits, passes), self.mask, self.problem_type)
+        return OUTPUT_AGREEMENTS[name](stack_passes(self.classes_last(logits), passes), self.mask, self.problem_type)
+
+    def classes_last(self, logits: Tensor) -> Tensor:
+        """View the logits with their classes in the last dimension."""
+        return logits.movedim(1, -1) if self.by_pixel else logits
+
+    def with_items(self, mask: Tensor, logits: Tensor) -> "Head":
+        """Compare the items of a mask in the shape of the labels instead."""
+        mask = self.labels_for(logits, mask)
+        return self._replace(mask=mask if self.mask is None or mask.dim() == self.mask.dim() else mask[..., None])
+
+    def labels_for(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Take the labels of the items: those of the pixels at the logits' resolution."""
+        return nearest_pixels(labels, logits) if self.by_pixel else labels
 
 
 def find_labels(inputs: Mapping[str, Any], names: Iterable[str] = ()) -> Tensor | None:
@@ -78,24 +96,46 @@ def predicts_next_token(model: nn.Module) -> bool:
     return not _class_names(model).isdisjoint(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()) and not is_pair
 
 
+def segments_images(model: nn.Module) -> bool:
+    """Tell whether the head gives classes to pixels (semantic segmentation)."""
+    return not _class_names(model).isdisjoint(MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES.values())
+
+
+def ignored_label(config: Any) -> int:
+    """Find the label of the pixels that a model for semantic segmentation leaves out."""
+    for name in ("semantic_loss_ignore_index", "loss_ignore_index"):
+        if isinstance(index := getattr(config, name, None), int):
+            return index
+    return -100
+
+
+def nearest_pixels(labels: Tensor, logits: Tensor) -> Tensor:
+    """Take of the labels `[B, H, W]` one for each pixel of logits `[..., h, w]`: `interpolate`'s `nearest`."""
+    rows, columns = (
+        torch.arange(n, device=labels.device) * of // n
+        for n, of in zip(logits.shape[-2:], labels.shape[-2:], strict=True)
+    )
+    return labels[:, rows[:, None], columns]
+
+
 def _class_names(model: nn.Module) -> set[str]:
     """Collect the names of the class and its bases: FSDP derives a class of its own from the model's."""
     return {base.__name__ for base in type(model).__mro__}
 
 
-def valid_items(labels: Tensor, shift_labels: bool = False) -> Tensor:
+def valid_items(labels: Tensor, shift_labels: bool = False, ignored: int = -100) -> Tensor:
     """Mask the labels that the head's own loss averages over.
 
-    Integer labels count where they are not -100, without the first position when the head predicts the next token.
-    Real-valued labels (regression, multi-label) all count.
+    Integer labels count where they are not `ignored`, without the first position when the head predicts the next
+    token. Real-valued labels (regression, multi-label) all count.
     """
     if labels.is_floating_point():
         return torch.ones_like(labels, dtype=torch.bool)
-    return (shifted_labels(labels) if shift_labels else labels) != -100
+    return (shifted_labels(labels) if shift_labels else labels) != ignored
 
 
 def items_to_compare(
-    labels: Tensor, inputs: Mapping[str, Any], config: Any = None, shift_labels: bool = False
+    labels: Tensor, inputs: Mapping[str, Any], config: Any = None, shift_labels: bool = False, ignored: int = -100
 ) -> Tensor:
     """Mask the items to compare when rows without a label count too, in the shape of the labels `[B]`, `[B, T]`, ...
 
@@ -105,9 +145,9 @@ def items_to_compare(
     """
     if labels.dim() < 2 or labels.is_floating_point():
         return torch.ones_like(labels, dtype=torch.bool)
-    counted = valid_items(labels, shift_labels)
+    counted = valid_items(labels, shift_labels, ignored)
     if labels.dim() > 2 or ANSWER[0] in inputs:
-        return counted | _bare(labels)
+        return counted | _bare(labels, ignored)
     is_pair = getattr(config, "is_encoder_decoder", False)
     mask, ids = inputs.get("decoder_attention_mask" if is_pair else "attention_mask"), inputs.get("decoder_input_ids")
     if mask is None and is_pair:
@@ -120,9 +160,9 @@ def items_to_compare(
     return counted | (_bare(labels) & (F.pad(mask[:, 1:], (0, 1), value=False) if shift_labels else mask))
 
 
-def _bare(labels: Tensor) -> Tensor:
+def _bare(labels: Tensor, ignored: int = -100) -> Tensor:
     """Mask as `[B, 1, ...]` the rows of `[B, T, ...]` that have no label at all."""
-    return (labels == -100).flatten(1).all(1).view(-1, *[1] * (labels.dim() - 1))
+    return (labels == ignored).flatten(1).all(1).view(-1, *[1] * (labels.dim() - 1))
 
 
 def shifted_labels(labels: Tensor) -> Tensor:
@@ -182,6 +222,12 @@ def resolve_head(config: Any, logits: Tensor, labels: Tensor, passes: int, shift
             return Head("regression", None)
         if labels.shape == shape or problem_type == "multi_label_classification":
             return Head("multi_label_classification", None)
+    by_pixel = labels.dim() == 3 and len(shape) == 4 and shape[0] == len(labels) and not labels.is_floating_point()
+    if by_pixel and not per_class:
+        mask = nearest_pixels(labels, logits) != ignored_label(config)
+        if shape[1] == 1:  # object or background
+            return Head("multi_label_classification", mask[..., None], True)
+        return Head("single_label_classification", mask, True)
     if per_class and not labels.is_floating_point():
         return Head("single_label_classification", valid_items(labels, shift_labels))
     raise ValueError(

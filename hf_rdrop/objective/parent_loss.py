@@ -77,22 +77,53 @@ def _recorded_outputs(model: nn.Module | None) -> Iterator[list[Any]]:
         yield outputs
 
 
+class UnrepeatableInputs(ValueError):
+    """A batch has inputs that are not one per row, and the model does not read their repetition as two passes."""
+
+
+def unrepeatable(unlike_rows: Mapping[str, str], problem: str) -> UnrepeatableInputs:
+    """Make the refusal of inputs that are not one per row, each with how it was repeated."""
+    return UnrepeatableInputs(
+        "R-Drop repeats each batch, and the model does not take the repeated one as the same rows twice "
+        f"({problem}). Not one per row, so that R-Drop had to go by names, are: {'; '.join(unlike_rows.values())}. "
+        "Name those that are the same for all rows in non_batch_inputs of a subclass of the trainer (RDropTrainer."
+        "non_batch_inputs | {...}), give the others one entry per row, or set rdrop_alpha to 0."
+    )
+
+
 def check_repeated_loss(
-    parent: ParentLoss, model: nn.Module, inputs: Mapping[str, Any], repeated: Any, rtol: float
+    parent: ParentLoss,
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    repeated: Any,
+    rtol: float,
+    unlike_rows: Mapping[str, str] | None = None,
 ) -> None:
     """Raise a ValueError for a loss of ``[x; x]`` that is not that of x with dropout off: sums, pairs of rows.
+
+    So do inputs that are not one per row (`unlike_rows`, each with how it was repeated), where a model reads them
+    otherwise.
 
     Three forwards without gradient, which draw no random number that counts. A loss that draws some itself, or needs
     gradients inside, is let be.
     """
     try:
         with dropout_off(model), torch.no_grad(), generators_restored(model):
-            batches = inputs, inputs, repeated
-            once, again, found = (parent.of(model, dict(batch)).ce.float() for batch in batches)
+            once, again = (parent.of(model, dict(inputs)).ce.float() for _ in range(2))
+            try:
+                found = parent.of(model, dict(repeated)).ce.float()
+            except Exception as error:
+                if unlike_rows:
+                    raise unrepeatable(unlike_rows, f"{type(error).__name__}: {error}") from error
+                raise
+    except UnrepeatableInputs:
+        raise
     except Exception:  # whatever a loss does here, training says it itself
         return
     if not torch.isclose(once, again, rtol=rtol / 10) or torch.isclose(found, once, rtol=rtol, atol=1e-5):
         return
+    if unlike_rows:
+        raise unrepeatable(unlike_rows, f"with dropout off its loss is {found:.4g} instead of {once:.4g}")
     kind = (
         "a sum over the rows" if torch.isclose(found / once, (found / once).round(), rtol=1e-3) else "no mean of them"
     )
@@ -133,7 +164,8 @@ def check_comparison(config: Any, head: Head, logits: Tensor, labels: Tensor, pa
         logits, labels: `[m * B, ...]` and `[B, ...]`, of m `passes`.
         loss: the parent's loss of these logits.
     """
-    if getattr(config, "problem_type", None) is not None or head.problem_type == "single_label_classification":
+    known = head.by_pixel or head.problem_type == "single_label_classification"
+    if getattr(config, "problem_type", None) is not None or known:
         return
     scores, targets = logits.detach().float().flatten(), torch.cat([labels.flatten()] * passes).float()
 

@@ -42,8 +42,8 @@ def measure_shift(model: nn.Module, wrapped: nn.Module, inputs: Mapping[str, Any
     found = _UNKNOWN
     for count in (ROWS, len(labels)):
         if found >= _UNKNOWN:
-            rows = few_rows(inputs, len(labels), count)
-            found = least_of_ranks(_reading(_gradient_of_logits(model, wrapped, rows), rows["labels"]), labels.device)
+            rows = few_rows(inputs, len(labels), min(len(labels), count))
+            found = _least(_reading(_gradient_of_logits(model, wrapped, rows), rows["labels"]), labels.device)
     if found == _NEITHER:
         raise ValueError(
             f"The loss of {type(model).__name__} scores its predictions neither against the labels of their own "
@@ -69,8 +69,8 @@ def _reading(gradient: Tensor | None, labels: Tensor) -> int:
     return fits.index(True) if sum(fits) == 1 else _UNKNOWN if any(fits) else _NEITHER
 
 
-def least_of_ranks(found: int, device: torch.device) -> int:
-    """Take the least of what the processes have found, so that all go on alike."""
+def _least(found: int, device: torch.device) -> int:
+    """Take the least of what the processes have found."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return found
     every = torch.tensor(found, device=device)

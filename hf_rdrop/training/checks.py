@@ -21,7 +21,8 @@ from .knobs import ways_to_differ
 
 #: Keys that collators of packed (padding-free) or sharded sequences add: their rows are not examples.
 PACKED_INPUTS = frozenset(
-    {"cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx", "packed_seq_lens", "shift_labels"}
+    {"cu_seq_lens_q", "cu_seq_lens_k", "cu_seq_lens", "cu_seqlens", "cu_seqlens_q", "cu_seqlens_k", "max_length_q"}
+    | {"max_length_k", "seq_idx", "packed_seq_lens", "shift_labels"}
 )
 
 
@@ -120,7 +121,8 @@ def check_passes_differ(model: nn.Module, divergence: Tensor, items: Tensor | No
     (At low rates, with parts in evaluation mode, and with an adapter or a gate that begins as zeros, equal passes are
     what one expects.)
     """
-    sources = [source for source in inspect_dropout(model) if source.rate >= 1e-2 and source.kind != "spec_augment"]
+    kinds = ("dropout", "functional")  # which draw for each element; a few rows may keep all their branches by chance
+    sources = [source for source in inspect_dropout(model) if source.rate >= 1e-2 and source.kind in kinds]
     if not sources or divergence != 0 or (items is not None and items == 0):
         return
     zeros = any(p.requires_grad and "bias" not in name and not p.any() for name, p in model.named_parameters())
@@ -163,7 +165,8 @@ def check_batch(
         raise ValueError(
             "R-Drop cannot repeat packed (padding-free) batches: their single row holds many examples "
             f"({', '.join(sorted(packed)) or 'position_ids without attention_mask'}). Use a padding collator such as "
-            "DataCollatorWithPadding, or set rdrop_alpha to 0."
+            "DataCollatorWithPadding, or set rdrop_alpha to 0. (A single row that is one example needs its "
+            "attention_mask.)"
         )
     if label_smoothing and labels is not None and labels.is_floating_point():
         raise ValueError(

@@ -1,5 +1,6 @@
 """Look at the first batch for `TrainingRun.try_out`: are its labels right, and what will a step cost."""
 
+import inspect
 import logging
 import re
 import sys
@@ -7,20 +8,23 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import TrainingArguments
 
+from ..batch import has_items_in_order
 from ..cost.model_shape import describe_model
 from ..cost.predict import predict_cost
 from ..fused.head import find_output_embeddings
 from ..objective.batch_layout import BatchLayout
+from ..objective.parent_loss import unrepeatable
 from .settings import RunFacts
 
 logger = logging.getLogger(__name__)
 
 # The heads of Transformers whose labels are classes below `config.num_labels`.
-_CLASSIFIER = re.compile(r"For(Sequence|Token|Image|Video|Audio)Classification$")
+_CLASSIFIER = re.compile(r"For((Sequence|Token|Image|Video|Audio)Classification|SemanticSegmentation)$")
 
 
 @contextmanager
@@ -30,12 +34,45 @@ def labels_explained(model: nn.Module, layout: BatchLayout, inputs: Mapping[str,
         yield
     except (IndexError, RuntimeError):
         if (labels := layout.labels(inputs)) is not None:
-            check_labels_of_head(model, labels, "a batch")
+            check_labels_of_head(model, labels, "a batch", layout.ignored)
         raise
 
 
-def check_labels_of_head(model: nn.Module, labels: Tensor, where: str = "the first batch") -> None:
-    """Refuse a label that is neither a class of the model's head nor -100; it waits for the device.
+@contextmanager
+def inputs_explained(model: nn.Module, layout: BatchLayout, inputs: Mapping[str, Any]) -> Iterator[None]:
+    """Turn the error of a model on a repeated batch into a refusal of the inputs that are not one per row.
+
+    (Errors of this package say themselves what to do.)
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        where = error.__traceback__
+        while where is not None and where.tb_next is not None:
+            where = where.tb_next
+        ours = where is not None and where.tb_frame.f_globals.get("__name__", "").startswith("hf_rdrop.")
+        if ours or not (unlike := layout.unlike_rows(inputs)):
+            raise
+        if (labels := layout.labels(inputs)) is not None and isinstance(error, (IndexError, RuntimeError)):
+            check_labels_of_head(model, labels, "a batch", layout.ignored)
+        raise unrepeatable(unlike, f"{type(error).__name__}: {error}") from error
+
+
+def takes_items(model: nn.Module) -> bool:
+    """Tell whether a model takes images or audio beside texts, so that its inputs may be not one per row.
+
+    (By its signature, so that all processes decide alike, whatever their batches hold.)
+    """
+    names = inspect.signature(model.forward).parameters
+    return "input_ids" in names and has_items_in_order(names)
+
+
+def check_labels_of_head(
+    model: nn.Module, labels: Tensor, where: str = "the first batch", ignored: int = -100
+) -> None:
+    """Refuse a label that is neither a class of the model's head nor the one to ignore; it waits for the device.
 
     (Out of range, the loss fails with an index error from its depths, or on a GPU with an assertion that ends the
     process's use of it. Heads whose number of classes is not known are left alone.)
@@ -50,15 +87,15 @@ def check_labels_of_head(model: nn.Module, labels: Tensor, where: str = "the fir
         classes, kind, remedy = config.num_labels, "classes", "load the model with num_labels=..."  # type: ignore
     else:
         return
-    valid = labels[labels != -100]
+    valid = labels[labels != ignored]
     if labels.is_floating_point() or classes < 2 or not valid.numel():
         return
     low, high = valid.min().item(), valid.max().item()
     if low < 0 or high >= classes:
         raise ValueError(
             f"The labels of {where} are from {low} to {high}, but {type(model).__name__} has {classes} "
-            f"{kind}: a label is from 0 to {classes - 1}, or -100 where nothing is to be learned. Check the labels, "
-            f"or {remedy}."
+            f"{kind}: a label is from 0 to {classes - 1}, or {ignored} where nothing is to be learned. Check the "
+            f"labels, or {remedy}."
         )
 
 

@@ -1,7 +1,7 @@
 """One training run with R-Drop: what its settings put on the model, and the loss of its batches."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +13,6 @@ from ..objective.batch_layout import BatchLayout
 from ..objective.batch_loss import BatchLoss, Objective
 from ..objective.heads import find_logits
 from ..objective.parent_loss import ParentLoss, check_repeated_loss
-from ..objective.repetition import measure_repetition
 from ..objective.scored import measure_shift
 from ..sub_models import SubModels
 from ..training_args import REMOVED, check_removed
@@ -27,7 +26,7 @@ from .checks import (
     check_passes_differ,
     check_stochastic,
 )
-from .first_batch import check_labels_of_head, describe_cost, show
+from .first_batch import check_labels_of_head, describe_cost, inputs_explained, show, takes_items
 from .item_counts import ItemCounts
 from .settings import RunFacts, Settings, StepPlan
 
@@ -106,11 +105,8 @@ class TrainingRun:
             return
         self.measured = not again
         if shifts is not None and shifts != self.layout.shifts_labels:
-            self._replace_layout(self.layout._replace(shifts_labels=shifts))
-
-    def _replace_layout(self, layout: BatchLayout) -> None:
-        self.layout = self.items.layout = layout
-        self.read(self.settings)
+            self.layout = self.items.layout = self.layout._replace(shifts_labels=shifts)
+            self.read(self.settings)
 
     def read(self, settings: Settings) -> None:
         """Take over settings that may have changed between steps; the trunk and the fused head stay as they are."""
@@ -192,7 +188,8 @@ class TrainingRun:
             self.try_out(model, inputs, labels)
         if self.trunk is not None:
             self.trunk.start(plan.passes)
-        found = self._terms(model, inputs, labels, plan, return_outputs)
+        with inputs_explained(self.model, self.layout, inputs) if plan.passes > 1 else nullcontext():
+            found = self._terms(model, inputs, labels, plan, return_outputs)
         if plan.compares and not self._compared:
             self._compared = True
             if self.objective.with_hidden or own or self._sub_models is not None:  # which may be equal by chance
@@ -247,22 +244,26 @@ class TrainingRun:
             self._prepare()
         self._tried_out = True
         if labels is not None:
-            check_labels_of_head(self.model, labels)
+            check_labels_of_head(self.model, labels, ignored=self.layout.ignored)
         model = getattr(model, "_orig_mod", model)  # nothing is compiled for the sake of a check
         own_model = not type(self.model).__module__.startswith("transformers.")
-        low = self.args.bf16 or self.args.fp16 or any(p.element_size() < 4 for p in self.model.parameters())
-        rtol = 2e-2 if low else 1e-3
-        if not getattr(self.model, "is_quantized", False):
-            layout = measure_repetition(model, self.layout, inputs, self.settings.passes, rtol)
-            if layout is not self.layout:
-                self._replace_layout(layout)
-            if self.parent_loss.reader or own_model:
-                repeated = self.layout.repeat(inputs, self.settings.passes)
-                check_repeated_loss(self.parent_loss, model, inputs, repeated, rtol)
+        reads_otherwise = self.parent_loss.reader or own_model or takes_items(self.model)
+        if reads_otherwise and not getattr(self.model, "is_quantized", False):
+            low = self.args.bf16 or self.args.fp16 or any(p.element_size() < 4 for p in self.model.parameters())
+            repeated, rtol = self.layout.repeat(inputs, self.settings.passes), 2e-2 if low else 1e-3
+            check_repeated_loss(self.parent_loss, model, inputs, repeated, rtol, self.layout.unlike_rows(inputs))
         if self.trunk is not None:
             passes, size = self.settings.passes, self.layout.size(inputs)
             repeated = self.layout.repeat(inputs, passes)
-            check_shared_trunk(self.trunk, model, repeated, passes, batch_size=size, logits_of=self._compared_logits)
+            check_shared_trunk(
+                self.trunk,
+                model,
+                repeated,
+                passes,
+                batch_size=size,
+                unrepeated=inputs,
+                logits_of=self._compared_logits,
+            )
         self.fused_head = choose_fused_head(
             self.settings.fused_head,
             self.model,

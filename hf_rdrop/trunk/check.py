@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..batch import get_batch_size, map_tensors
+from ..batch import get_batch_size, map_tensors, unlike_rows
 from ..dropout import dropout_off, inspect_dropout, is_stochastic
 from ..generators import generators_restored
 from ..objective.heads import find_logits
@@ -25,6 +25,7 @@ class Trunk(Protocol):
 
     def start(self, passes: int) -> None: ...
     def stop(self) -> None: ...
+    def set_axes(self, few: list[Any], many: list[Any], passes: int) -> None: ...
 
 
 def check_stacks(model: nn.Module, stacks: Mapping[str, nn.ModuleList]) -> None:
@@ -32,9 +33,10 @@ def check_stacks(model: nn.Module, stacks: Mapping[str, nn.ModuleList]) -> None:
     name = type(model).__name__
     if not stacks:
         raise ValueError(
-            f"rdrop_shared_layers: no list of transformer layers found in {name} (an nn.ModuleList of Transformers' "
-            "GradientCheckpointingLayer), so it is unknown which modules to share between the passes. Set "
-            "rdrop_shared_layers to 0, or derive the model's layers from GradientCheckpointingLayer."
+            f"rdrop_shared_layers: no list of transformer layers found in {name} (an nn.ModuleList of two or more "
+            "layers of one class, or of Transformers' GradientCheckpointingLayer), so it is unknown which modules to "
+            "share between the passes. One layer that is called many times, as in ALBERT, cannot be shared. Set "
+            "rdrop_shared_layers to 0."
         )
     # At most: an encoder alone may have its encoder-decoder's config (T5ForTokenClassification).
     most = 2 if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else 1
@@ -83,6 +85,7 @@ def check_shared_trunk(
     passes: int,
     *,
     batch_size: int | None = None,
+    unrepeated: Mapping[str, Any] | None = None,
     logits_of: Callable[[Any, int, Mapping[str, Any]], Tensor] = find_logits,
 ) -> None:
     """Check that sharing changes no logits in evaluation, and that something above the shared layers is random.
@@ -94,6 +97,7 @@ def check_shared_trunk(
         trunk, model: the trunk, and its model as training calls it, perhaps in a wrapper.
         inputs, passes: a repeated batch of m * B rows, and m >= 2.
         batch_size: number of examples B; read off the labels or input ids by default.
+        unrepeated: the batch before it was repeated, which is tried as a whole where inputs are not one per row.
         logits_of: takes the scores from outputs, given their number of rows and the batch before it was repeated.
 
     Raises:
@@ -102,7 +106,8 @@ def check_shared_trunk(
     model = getattr(model, "_orig_mod", model)  # a graph compiled for these few rows would never be used again
     name, k = type(trunk.model).__name__, trunk.shared_layers
     size = batch_size or get_batch_size(inputs) // passes
-    few = min(size, _CHECKED_EXAMPLES)
+    whole = unrepeated is not None and bool(unlike_rows(unrepeated, size, trunk.non_batch_inputs))
+    few = size if whole else min(size, _CHECKED_EXAMPLES)
     rows = [i * size + j for i in range(passes) for j in range(few)]
     calls: list[nn.Module] = []
     dtypes: set[torch.dtype] = set()
@@ -111,7 +116,14 @@ def check_shared_trunk(
         calls.append(module)
         dtypes.update(x.dtype for x in args if isinstance(x, Tensor))
 
+    layer_calls: list[Any] = []
+
+    def record_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        layer_calls.append((args, kwargs, output))
+
     def select(index: list[int]) -> dict[str, Any]:
+        if whole and unrepeated is not None:
+            return dict(inputs if len(index) == len(rows) else unrepeated)
         return {k: v if k in trunk.non_batch_inputs else _select(v, passes * size, index) for k, v in inputs.items()}
 
     def run(index: list[int]) -> Tensor:
@@ -121,13 +133,19 @@ def check_shared_trunk(
     trunk.stop()
     with dropout_off(model), generators_restored(trunk.model):
         hooks = [module.register_forward_pre_hook(record) for module in trunk.model.modules()]
+        layer_hooks = [layer.register_forward_hook(record_layer, with_kwargs=True) for layer in trunk.layers]
         try:
             plain = run(rows)
-        finally:
+            many = layer_calls.copy()
+            layer_calls.clear()
             for hook in hooks:
                 hook.remove()
-        _check_calls(trunk, calls)
-        alone = run(rows[:few])
+            _check_calls(trunk, calls)
+            alone = run(rows[:few])
+        finally:
+            for hook in [*hooks, *layer_hooks]:
+                hook.remove()
+        trunk.set_axes(layer_calls, many, passes)
         trunk.start(passes)
         try:
             shared = run(rows)
@@ -155,6 +173,11 @@ def _check_calls(trunk: Trunk, calls: list[nn.Module]) -> None:
     k, name = trunk.shared_layers, type(trunk.model).__name__
     numbers = {layer: i for i, layer in enumerate(trunk.layers, 1)}
     order = [numbers[module] for module in calls if module in numbers]
+    if not order:
+        raise ValueError(
+            f"rdrop_shared_layers: {name} does not call its layers as modules (it calls their forward, or leaves them "
+            "out), so that their inputs cannot be cut. Set rdrop_shared_layers to 0."
+        )
     if order != list(range(1, k + 1)):
         raise ValueError(
             f"rdrop_shared_layers: one forward of {name} calls its first {k} layers in the order {order}, but only "

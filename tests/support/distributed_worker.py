@@ -11,6 +11,7 @@ import torch.distributed as dist
 from transformers import BartConfig, BartForCausalLM, TrainerCallback
 
 from hf_rdrop import RDropTrainer
+from hf_rdrop.batch import get_batch_size
 from support.settings import HEADS, TINY, arguments, causal_rows, hide_labels, make_passes_differ, rows_for
 from support.training import HEADS as BASIC
 from support.training import InOrder, make_model, make_rows, step_logs, train
@@ -33,6 +34,7 @@ PARTS = {
             ("token", "shared layer", ACCUMULATED),
             ("seq2seq", "fused head + shared layer", ACCUMULATED),
             ("causal", "fused head", ACCUMULATED),
+            *(("images", option, ACCUMULATED) for option in ("default", "fused head")),
             ("token", "jensen_shannon", ACCUMULATED),
             *((head, "unlabeled", ACCUMULATED) for head in ("regression", "token")),
         ],
@@ -117,8 +119,9 @@ class RecordingTrainer(RDropTrainer):
         return super().train(*args, **kwargs)
 
     def training_step(self, model, inputs, *args, **kwargs):
-        columns = [inputs[name].tolist() for name in inputs]
-        rows = [dict(zip(inputs, row, strict=True)) for row in zip(*columns, strict=True)]
+        size = get_batch_size(inputs)
+        columns = {name: value.tolist() for name, value in inputs.items() if len(value) == size}
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         loss = super().training_step(model, inputs, *args, **kwargs)
         self.seen.append((self.state.global_step, rows, loss.item()))
         return loss

@@ -12,6 +12,7 @@ from hf_rdrop import RDropSeq2SeqTrainer, RDropTrainer
 from support.head_models import build, rows_of
 from support.training import HEADS as BASIC
 from support.training import VOCAB, make_model, make_rows, train
+from support.vision_language import image_rows, make_qwen
 
 TINY = 1e-9  # a dropout rate that makes a model stochastic on paper and never drops anything
 
@@ -38,6 +39,7 @@ def causal_rows(rows=16):
 HEADS = {
     **{head: Head(partial(make_model, head), partial(make_rows, head)) for head in BASIC},
     "causal": Head(make_llama, causal_rows),
+    "images": Head(make_qwen, image_rows),
     "gpt2": Head(partial(build, "causal"), partial(rows_of, "causal")),
     **{
         head: Head(partial(build, head), partial(rows_of, head))
@@ -72,9 +74,9 @@ OPTIONS = {
 }
 # The heads for which an option means something; all heads where it is not named.
 FITS = {
-    "label smoothing": {*HEADS} - {"multi", "regression", "tuple"},
-    "fused head": {"seq2seq", "causal", "gpt2", "masked"},
-    "shared layer": {*HEADS} - {"tuple"},
+    "label smoothing": {*HEADS} - {"multi", "regression", "tuple", "images"},
+    "fused head": {"seq2seq", "causal", "gpt2", "masked", "images"},
+    "shared layer": {*HEADS} - {"tuple", "images"},
     "jensen_shannon": {*HEADS} - {"regression"},
     "two divergences": {*HEADS} - {"regression"},
     "hidden states": {*HEADS} - {"tuple"},

@@ -14,6 +14,8 @@ from transformers import (
     set_seed,
 )
 
+from support.vision_language import collate_images
+
 VOCAB = 40
 HEADS = ("single", "multi", "regression", "token", "seq2seq")
 
@@ -95,6 +97,8 @@ def make_rows(head: str, rows: int = 16, seed: int = 0):
 
 def make_collator(head: str, model):
     """The usual collator; for sequence-to-sequence it adds the decoder inputs that label smoothing needs."""
+    if head == "images":
+        return collate_images
     if head != "seq2seq":
         return default_data_collator
 

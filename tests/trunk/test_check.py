@@ -13,7 +13,6 @@ from support.trunk_models import (
     ARCHITECTURES,
     BERT_LIKE,
     DROPOUT_ABOVE_ALL,
-    VOCAB,
     Layer,
     Toy,
     all_layers,
@@ -48,12 +47,22 @@ class Again(Toy):
         return super().forward(self.layers[0](x), mask)
 
 
-class TimeFirst(Toy):
+class TimeFirst(Toy):  # its layers sum over the second dimension, which holds the rows here
     def forward(self, x, mask, labels=None):
         x = x.transpose(0, 1)
         for layer in self.layers:
             x = layer(x)
         return {"logits": x.transpose(0, 1)[:, -1]}
+
+
+class RightTimeFirst(TimeFirst):
+    class Layer(Layer):
+        def forward(self, hidden_states, mask=None, position_embeddings=None, log=None):
+            return super().forward(hidden_states.transpose(0, 1)).transpose(0, 1)
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(self.Layer() for _ in range(3))
 
 
 class Sums(Toy):
@@ -82,6 +91,21 @@ def test_check_refuses(model, k, reason, length):
     assert "Set rdrop_shared_layers to" in str(error.value)
 
 
+@pytest.mark.parametrize("length", (4, 5, 6))  # 6 rows
+def test_check_learns_that_the_rows_are_not_the_first_dimension(length):
+    model, batch = RightTimeFirst(), toy_batch(length=length)
+    trunk = SharedTrunk(model, 2)
+    check_shared_trunk(trunk, model, batch, 2)
+    model.eval()
+    plain = model(**batch)["logits"]
+    shapes = []
+    for layer in model.layers:
+        layer.register_forward_pre_hook(lambda module, args: shapes.append(tuple(args[0].shape)))
+    trunk.start(2)
+    torch.testing.assert_close(model(**batch)["logits"], plain)
+    assert shapes == [(length, 3, 4), (length, 3, 4), (length, 6, 4)]
+
+
 def test_check_allows_for_what_rounding_does_when_the_number_of_rows_changes():
     class Rounding(Layer):
         def forward(self, hidden_states, mask, position_embeddings, log=None):
@@ -106,15 +130,6 @@ def test_deberta_with_a_convolution_shares_one_layer_at_most():
     trunk.remove()
     with pytest.raises(ValueError, match="does not run with its first 2 layers shared"):
         check_shared_trunk(SharedTrunk(model, 2), model, repeated, 2)
-
-
-def test_bloom_is_refused():
-    model = tf.BloomForSequenceClassification(
-        tf.BloomConfig(vocab_size=VOCAB, hidden_size=16, n_layer=3, n_head=2, pad_token_id=0)
-    )
-    set_dropout(model, 0.1)
-    with pytest.raises(ValueError, match="does not run with its first 1 layers"):  # ALiBi of B * heads rows
-        check_shared_trunk(SharedTrunk(model, 1), model, repeat_batch(make_batch(model), 2), 2)
 
 
 # ---- What has to stay random ----
