@@ -34,7 +34,13 @@ def stack(rows: Rows) -> dict[str, Tensor]:
 
 # ---- Inputs ----
 
-_VISION = ("image classification", "video classification", "semantic segmentation", "masked images", "object detection")
+_VISION = (
+    "image classification",
+    "video classification",
+    "semantic segmentation",
+    "masked images",
+    "object detection",
+)
 
 
 def _inputs(head: str, names: set[str], config: Any, i: int, draw: Any, model: nn.Module) -> dict[str, Tensor]:
@@ -122,9 +128,7 @@ def _visual(names: set[str], config: Any, draw: Any) -> dict[str, Tensor]:
 # ---- Labels ----
 
 
-def _labels(
-    head: str, row: dict[str, Tensor], config: Any, i: int, draw: Any, names: set[str]
-) -> dict[str, Any]:
+def _labels(head: str, row: dict[str, Tensor], config: Any, i: int, draw: Any, names: set[str]) -> dict[str, Any]:
     if head in ("question answering", "document question answering"):
         return {"start_positions": torch.tensor(1 + i % 4), "end_positions": torch.tensor(3 + i % 4)}
     if head in ("token classification", "masked LM"):

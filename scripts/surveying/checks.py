@@ -213,7 +213,9 @@ class _Checks:
         self._close("ce_loss beside the model's own loss", ce, own / n)
         self._close("kl_loss", kl, sums.kl / n)
         if not _is_close(ce, sums.ce / n):
-            self._remark(f"the model's loss is not its cross-entropy alone ({ce:.4g}, cross-entropy {sums.ce / n:.4g})")
+            self._remark(
+                f"the model's loss is not its cross-entropy alone ({ce:.4g}, cross-entropy {sums.ce / n:.4g})"
+            )
         if kl < 1e-7:
             self._remark("the passes hardly differ")
 

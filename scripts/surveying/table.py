@@ -45,7 +45,7 @@ def lines(survey: dict[str, Any]) -> list[str]:
         "- **R-Drop**: `ce_loss` is the model's own loss of both passes, `kl_loss` the divergence at the scored positions, "
         "and `loss` their sum with alpha. Four batches of two rows give the loss and gradients of one batch of eight, and "
         "`rdrop_alpha=0` gives those of the plain Trainer, unless a remark says otherwise.",
-        "- **Fused head**: with `rdrop_fused_head=\"on\"` loss and gradients are those of full logits.",
+        '- **Fused head**: with `rdrop_fused_head="on"` loss and gradients are those of full logits.',
         "- **Trunk**: the same values with `rdrop_shared_layers=1`.",
         "- **Dropout**: whether two passes differ by default, or the argument that makes them differ.",
         "- Numbers are [remarks and reasons](#remarks-and-reasons).",
@@ -75,7 +75,9 @@ def _row(record: dict[str, Any], notes: "_Notes") -> tuple[str, ...]:
         reason = record["reasons"].get(part)
         return WORDS[record[part]] + (f" {notes.number(reason, record)}" if reason else "")
 
-    others = [record["reasons"][name] for name in ("accumulation", "alpha_zero", "process") if name in record["reasons"]]
+    others = [
+        record["reasons"][name] for name in ("accumulation", "alpha_zero", "process") if name in record["reasons"]
+    ]
     remarks = " ".join(notes.number(text, record) for text in [*record["remarks"], *others])
     dropout = {"default": "by default", "none": "none", "": "–"}.get(record["dropout"], f"`{record['dropout']}`")
     if record["rdrop"] == "refused" and record["dropout"] == "default":
@@ -113,5 +115,6 @@ def _not_tried(records: list[dict[str, Any]]) -> list[str]:
     if not rows:
         return ["Every pair was tried."]
     return table_lines(
-        ("head", "family", "why"), [(r["head"], r["family"], r["reasons"]["not tried"].replace("|", "/")) for r in rows]
+        ("head", "family", "why"),
+        [(r["head"], r["family"], r["reasons"]["not tried"].replace("|", "/")) for r in rows],
     )

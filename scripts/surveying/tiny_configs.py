@@ -61,10 +61,19 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2},
     "esmc": {"num_attention_heads": 2, "head_dim": HEAD_WIDTH, "hidden_size": WIDTH},
     "gptj": {"rotary_dim": HEAD_WIDTH},
-    "helium": {"num_key_value_heads": HEADS, "num_attention_heads": HEADS, "hidden_size": WIDTH, "head_dim": HEAD_WIDTH},
+    "helium": {
+        "num_key_value_heads": HEADS,
+        "num_attention_heads": HEADS,
+        "hidden_size": WIDTH,
+        "head_dim": HEAD_WIDTH,
+    },
     "layoutlmv3": {"coordinate_size": 6, "shape_size": 4, "input_size": IMAGE, "patch_size": PATCH},
     "lilt": {"hidden_size": 48, "channel_shrink_ratio": 2},
-    "mistral4": {"head_dim": HEAD_WIDTH, "qk_head_dim": 2 * HEAD_WIDTH, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}},
+    "mistral4": {
+        "head_dim": HEAD_WIDTH,
+        "qk_head_dim": 2 * HEAD_WIDTH,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
+    },
     "mobilebert": {"true_hidden_size": WIDTH, "intra_bottleneck_size": WIDTH},
     "swin": {"embed_dim": 24, "image_size": 64, "window_size": 2},
     "swinv2": {"embed_dim": 24, "image_size": 64, "window_size": 2},
@@ -81,9 +90,14 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["full_attention", "conv"]},
     "efficientnet": {"width_coefficient": 0.25, "depth_coefficient": 0.3, "hidden_dim": 320},
     "dinat": {"dilations": [[1], [1], [1], [1]]},
-    "zamba": {"attention_head_dim": 32, "attention_hidden_size": 64, "num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"]},
-    "bamba": {"mamba_n_heads": 4, "mamba_d_head": 16},
-    "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 16},
+    "zamba": {
+        "attention_head_dim": 32,
+        "attention_hidden_size": 64,
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+    },
+    "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_head": 16},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"], "mamba_n_heads": 4, "mamba_d_head": 16},
     "blt": {"encoder_hash_byte_group_vocab": 64},
     "dots1": {"n_routed_experts": 4},
     "granite_speech": {"context_size": 8},
@@ -151,7 +165,10 @@ def _kept_layers(values: dict[str, Any]) -> tuple[list[int], list[str]]:
     lists = [
         name
         for name, value in values.items()
-        if isinstance(value, (list, tuple)) and len(value) in counts and len(value) > 2 and name != "depths"
+        if isinstance(value, (list, tuple))
+        and len(value) in counts
+        and len(value) > 2
+        and name != "depths"
         and all(isinstance(entry, (str, int, float)) for entry in value)
         and not _LAYER_NUMBERS.fullmatch(name)
     ]

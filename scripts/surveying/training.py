@@ -90,9 +90,7 @@ def train(
             seed=seed,
         )
         args = kind(**common, **arguments)
-        trainer = trainer_class(
-            model=model, args=args, train_dataset=rows, data_collator=stack, callbacks=[watch]
-        )
+        trainer = trainer_class(model=model, args=args, train_dataset=rows, data_collator=stack, callbacks=[watch])
         trainer.remove_callback(PrinterCallback)
         trainer._get_train_sampler = lambda *a, **k: torch.utils.data.SequentialSampler(rows)  # rows keep their batch
         set_seed(seed)

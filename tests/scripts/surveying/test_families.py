@@ -56,7 +56,9 @@ def test_forty_pairs():
     sample = [(head, family) for head, names in SAMPLE.items() for family in names]
     assert len(sample) == 40
     found = tried(*sample, jobs=2)
-    assert {pair: record["reasons"] for pair, record in found.items() if record["status"] not in ("right", "refused")} == {}
+    assert {
+        pair: record["reasons"] for pair, record in found.items() if record["status"] not in ("right", "refused")
+    } == {}
     right = [pair for pair, record in found.items() if record["status"] == "right"]
     assert len(right) >= 37
     for pair in right:
@@ -164,7 +166,10 @@ def work(name):
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_hang_and_a_crash_take_their_own_work_only(jobs):
     start = time.monotonic()
-    found = {name: (answer, why) for name, answer, why, _ in run_each(["a", "hang", "crash", "fail", "b"], work, jobs=jobs, limit=1.0)}
+    found = {
+        name: (answer, why)
+        for name, answer, why, _ in run_each(["a", "hang", "crash", "fail", "b"], work, jobs=jobs, limit=1.0)
+    }
     assert time.monotonic() - start < 20
     assert found["a"] == (work("a"), None) and found["b"] == (work("b"), None)
     assert found["hang"] == (None, "no end after 1 s")
@@ -246,7 +251,9 @@ def test_the_table_names_what_is_wrong_and_what_is_refused():
         record("a", rdrop="right", trunk="right", fused_head="right", dropout="default"),
         record("b", status="refused", rdrop="refused", dropout="none", reasons={"rdrop": "BForMaskedLM is odd"}),
         record("c", status="refused", rdrop="refused", dropout="none", reasons={"rdrop": "CForMaskedLM is odd"}),
-        record("d", status="wrong", rdrop="wrong", dropout="rdrop_dropout", reasons={"rdrop": "kl_loss: 1, right is 2"}),
+        record(
+            "d", status="wrong", rdrop="wrong", dropout="rdrop_dropout", reasons={"rdrop": "kl_loss: 1, right is 2"}
+        ),
         record("e", status="not tried", reasons={"not tried": "no timm"}),
     ]
     survey = {"pairs": {r["family"]: r for r in pairs}, "transformers": "5", "torch": "2", "date": "d", "commit": "c"}
