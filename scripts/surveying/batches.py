@@ -23,6 +23,8 @@ def make_rows(head: str, model: nn.Module) -> Rows:
     for i in range(ROWS):
         row = _inputs(head, names, config, i, draw, model)
         row.update(_labels(head, row, config, i, draw, names))
+        if config.model_type == "fsmt":  # which takes the source for the target where it is told of none
+            row["decoder_input_ids"] = row["labels"].roll(1).clamp(min=1)
         rows.append(row)
     return rows
 

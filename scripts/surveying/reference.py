@@ -46,10 +46,16 @@ def multi_label_terms(logits: Tensor, labels: Tensor) -> Terms:
     return Terms(float(entropy), float(divergence.sum()), labels.numel())
 
 
-def pixel_terms(logits: Tensor, labels: Tensor, ignored: int) -> Terms:
-    """Sum both terms over pixels: logits `[2B, C, h, w]` are stretched to the labels `[B, H, W]`."""
+def pixel_terms(logits: Tensor, labels: Tensor) -> Terms:
+    """Sum both terms over pixels, of which all have a label.
+
+    The cross-entropy is that of the logits `[2B, C, h, w]` stretched to the labels `[B, H, W]`, the divergence that of
+    the logits as they are; its mean stands for that of the labelled pixels.
+    """
     large = F.interpolate(logits.detach().double(), size=labels.shape[-2:], mode="bilinear", align_corners=False)
-    return scored_terms(large.movedim(1, -1), labels.masked_fill(labels == ignored, -100), False)
+    found = scored_terms(large.movedim(1, -1), labels, False)
+    first, second = (half.double().log_softmax(1).movedim(1, -1) for half in logits.detach().chunk(2))
+    return found._replace(kl=float(_divergence(first, second).mean()) * found.items)
 
 
 def _divergence(p: Tensor, q: Tensor) -> Tensor:
@@ -74,7 +80,7 @@ def terms_of(outputs: Any, inputs: dict[str, Any], shifts: bool) -> Terms | None
     if labels.is_floating_point() and labels.shape == shape:
         return multi_label_terms(logits, labels)
     if labels.dim() == 3 and logits.dim() == 4:
-        return pixel_terms(logits, labels, 255)
+        return pixel_terms(logits, labels)
     if labels.shape == shape[:-1]:
         return scored_terms(logits, labels, shifts)
     return None

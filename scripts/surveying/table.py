@@ -1,5 +1,6 @@
 """Write the readable table of a survey."""
 
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -30,25 +31,25 @@ def lines(survey: dict[str, Any]) -> list[str]:
     return [
         "# Families",
         "",
-        f"Every family in the auto mappings of transformers {survey['transformers']} that R-Drop was tried on, with torch "
-        f"{survey['torch']} on a CPU, on {survey['date']} at commit {survey['commit']}. Written by "
-        "`python scripts/families.py`; `families.json` has every figure.",
+        f"R-Drop on a tiny model of every family in the auto mappings of transformers {survey['transformers']}, with "
+        f"torch {survey['torch']} on a CPU. Tried on {survey['date']} at commit {survey['commit']}, written by "
+        "`python scripts/families.py`; [families.json](families.json) has every figure.",
         "",
-        f"Of {sum(counts.values())} pairs of head and family {tried} were tried. {counts['right']} train with the right "
-        f"values, {counts['refused']} are refused by R-Drop with a reason, {counts['wrong']} have a wrong value and "
-        f"{counts['error']} raise an error. {counts['not tried']} could not be tried here.",
+        f"Of {sum(counts.values())} pairs of head and family {tried} were tried. {counts['right']} train with the "
+        f"right values, {counts['refused']} are refused with a reason, {counts['wrong']} have a wrong value, and "
+        f"{counts['error']} raise an error. {counts['not tried']} [could not be tried](#not-tried).",
         "",
-        "Each is a tiny model of random weights, trained for one step in several ways. The values are compared with those "
-        "recomputed in float64 from the logits that the model gave: this says that the objective is right, and nothing of "
-        "what R-Drop gains.",
+        "Each model has random weights and is trained for one step in several ways. The values are compared with "
+        "those recomputed in float64 from the logits that the model gave. That shows the objective to be right, and "
+        "says nothing of what R-Drop gains. Models that read images or sounds beside text were given text alone.",
         "",
-        "- **R-Drop**: `ce_loss` is the model's own loss of both passes, `kl_loss` the divergence at the scored positions, "
-        "and `loss` their sum with alpha. Four batches of two rows give the loss and gradients of one batch of eight, and "
-        "`rdrop_alpha=0` gives those of the plain Trainer, unless a remark says otherwise.",
-        '- **Fused head**: with `rdrop_fused_head="on"` loss and gradients are those of full logits.',
-        "- **Trunk**: the same values with `rdrop_shared_layers=1`.",
-        "- **Dropout**: whether two passes differ by default, or the argument that makes them differ.",
-        "- Numbers are [remarks and reasons](#remarks-and-reasons).",
+        "- **R-Drop**: `ce_loss` is the model's own loss of both passes, `kl_loss` the divergence at the scored "
+        "positions, and `loss` their sum with alpha. Four batches of two rows give the loss and gradients of one of "
+        "eight. `rdrop_alpha=0` gives those of the plain Trainer. Remarks name exceptions.",
+        '- **Fused head**: `rdrop_fused_head="on"` gives the loss and gradients of full logits.',
+        "- **Trunk**: the values are right with `rdrop_shared_layers=1`, too.",
+        "- **Dropout**: whether two passes differ by default, or else the argument that makes them differ.",
+        "- A number in brackets is a [remark or reason](#remarks-and-reasons).",
         *found,
         "",
         "## Remarks and reasons",
@@ -101,13 +102,13 @@ class _Notes:
 
 
 def _kind(text: str, record: dict[str, Any]) -> str:
-    """Take names and figures of a single model out of a reason."""
+    """Take what belongs to a single model out of a reason, and the advice after its first sentence."""
     text = text.replace(record["model_class"], "the model")
-    return " ".join(_figures(word) for word in text.split())
-
-
-def _figures(word: str) -> str:
-    return word
+    while (shorter := re.sub(r"\s*\([^()]*\)", "", text)) != text:
+        text = shorter
+    text = re.split(r"(?<=[a-z\d])\.\s", text)[0].rstrip(".")
+    text = re.sub(r"(?<![=\w.])\d+\.\d+(e-?\d+)?", "…", text)
+    return re.sub(r"\d+ lists", "several lists", text)
 
 
 def _not_tried(records: list[dict[str, Any]]) -> list[str]:

@@ -1,6 +1,9 @@
 """Make the configuration of any family of Transformers tiny: by the names of its sizes, and a few exceptions."""
 
+import importlib.util
 import re
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
@@ -14,9 +17,10 @@ WIDTH, HEADS, HEAD_WIDTH, LAYERS, IMAGE, PATCH = 32, 2, 16, 2, 32, 8
 SIZES: dict[str, int] = {
     r"(.*_)?(vocab_size|vocab_size_per_layer_input)|vocabulary_size": VOCABULARY,
     r"hidden_size_per_layer_input|laurel_rank": 8,
-    r"(.*_)?(hidden_size|hidden_dim|d_model|n_embd|embed_dim|embedding_size|embedding_dim|proj_dim|projection_dim)": WIDTH,
+    r"(.*_)?(hidden_size|hidden_dim|d_model|n_embd|embed_dim|embedding_size|embedding_dim)": WIDTH,
+    r"(.*_)?(proj_dim|projection_dim)": WIDTH,
     r"(.*_)?(hidden_size_.*|out_dim|output_dim|output_size|d_inner_hid|proj_size|emb_dim|model_dim|dim)": WIDTH,
-    r"dim_head|head_dim|(.*_)?head_dim|d_kv|d_head|kv_channels|attention_head_size|(mamba_)?d_head|mamba_headdim": HEAD_WIDTH,
+    r"(.*_)?head_dim|dim_head|d_kv|kv_channels|attention_head_size|(mamba_)?d_head|mamba_headdim": HEAD_WIDTH,
     r"v_head_dim|qk_(rope|nope)_head_dim": HEAD_WIDTH,
     r"qk_head_dim": 2 * HEAD_WIDTH,
     r"(.*_)?(intermediate_size|intermediate_size_mlp|ffn_dim|ffn_hidden_size|mlp_dim|d_ff|d_inner|n_inner)": 2 * WIDTH,
@@ -78,7 +82,11 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "swin": {"embed_dim": 24, "image_size": 64, "window_size": 2},
     "swinv2": {"embed_dim": 24, "image_size": 64, "window_size": 2},
     "donut-swin": {"image_size": 64, "window_size": 2, "embed_dim": 24},
-    "t5": {"decoder_start_token_id": 0},
+    "nllb-moe": {"expert_capacity": 512},
+    "switch_transformers": {"expert_capacity": 512},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
+    "codegen": {"n_head": 4, "n_embd": 64, "rotary_dim": 8},
+    "longcat_flash": {"qk_head_dim": 2 * HEAD_WIDTH, "head_dim": HEAD_WIDTH},
     "xmod": {"default_language": "en_XX"},
     "zamba2": {"mamba_headdim": 8, "n_mamba_heads": 8, "attention_head_dim": 32, "attention_hidden_size": 64},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
@@ -99,7 +107,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_head": 16},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"], "mamba_n_heads": 4, "mamba_d_head": 16},
     "blt": {"encoder_hash_byte_group_vocab": 64},
-    "dots1": {"n_routed_experts": 4},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
     "granite_speech": {"context_size": 8},
     "granite_speech_encoder": {"context_size": 8},
     "granite_speech_plus_encoder": {"context_size": 8},
@@ -152,11 +160,13 @@ def _shrink(kind: type[PreTrainedConfig], tokens: _Tokens, given: dict[str, Any]
         elif isinstance(value, (list, tuple)) and _LAYER_NUMBERS.fullmatch(name):
             depth = len(kept) if lists else LAYERS
             found[name] = [i for i in value if i < depth] or ([depth - 1] if value else [])
-        elif isinstance(value, dict) and ("mrope_section" in value or "original_max_position_embeddings" in value):
-            found[name] = _rope(value)
         elif isinstance(value, (list, tuple)) and name == "depths":
             found[name] = type(value)([1] * len(value))
-    return kind(**{**found, **exceptions})
+    found = {**found, **exceptions}
+    rope = found.get("rope_parameters", values.get("rope_parameters"))
+    if isinstance(rope, dict) and ("mrope_section" in rope or "mrope_section" in _modeling_code(kind)):
+        found["rope_parameters"] = {**rope, "mrope_section": _sections(found, values, rope)}
+    return kind(**found)
 
 
 def _kept_layers(values: dict[str, Any]) -> tuple[list[int], list[str]]:
@@ -194,8 +204,14 @@ def _smaller(name: str, value: int, tokens: _Tokens, hierarchical: bool = False)
     return value
 
 
-def _rope(value: dict[str, Any]) -> dict[str, Any]:
-    found = dict(value)
-    if "mrope_section" in found:
-        found["mrope_section"] = [4, 2, 2][: len(found["mrope_section"])]
-    return found
+def _sections(found: dict[str, Any], values: dict[str, Any], rope: dict[str, Any]) -> list[int]:
+    """Divide the rotated half of a head's width over time, height and width."""
+    width = found.get("head_dim", values.get("head_dim")) or HEAD_WIDTH
+    half = int(width * (rope.get("partial_rotary_factor") or 1.0)) // 2
+    return [half - 2 * (half // 4), half // 4, half // 4]
+
+
+@cache
+def _modeling_code(kind: type[PreTrainedConfig]) -> str:
+    spec = importlib.util.find_spec(kind.__module__.replace(".configuration_", ".modeling_"))
+    return Path(spec.origin).read_text("utf-8") if spec is not None and spec.origin else ""

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
@@ -71,24 +70,24 @@ def train(
     watch = _Watch(model, step)
     kind, trainer_class = (TrainingArguments, Trainer) if plain else (RDropTrainingArguments, RDropTrainer)
     with tempfile.TemporaryDirectory() as folder:
-        common = dict(
-            output_dir=folder,
-            max_steps=1,
-            logging_steps=1,
-            learning_rate=0.0,
-            optim="sgd",
-            max_grad_norm=0.0,
-            per_device_train_batch_size=ROWS // batches,
-            gradient_accumulation_steps=batches,
-            save_strategy="no",
-            report_to=[],
-            use_cpu=True,
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            logging_nan_inf_filter=False,
-            log_level="error",
-            seed=seed,
-        )
+        common: dict[str, Any] = {
+            "output_dir": folder,
+            "max_steps": 1,
+            "logging_steps": 1,
+            "learning_rate": 0.0,
+            "optim": "sgd",
+            "max_grad_norm": 0.0,
+            "per_device_train_batch_size": ROWS // batches,
+            "gradient_accumulation_steps": batches,
+            "save_strategy": "no",
+            "report_to": [],
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "remove_unused_columns": False,
+            "logging_nan_inf_filter": False,
+            "log_level": "error",
+            "seed": seed,
+        }
         args = kind(**common, **arguments)
         trainer = trainer_class(model=model, args=args, train_dataset=rows, data_collator=stack, callbacks=[watch])
         trainer.remove_callback(PrinterCallback)
@@ -126,6 +125,8 @@ _NOISE = {
 def differs_between_passes(model: nn.Module, batch: dict[str, Tensor], scores: Callable[[Any], Tensor | None]) -> bool:
     """Measure whether two passes of a batch differ in training, whatever the model says of its dropout."""
     model = copy.deepcopy(model).train()
+    config: Any = model.config.get_text_config()
+    config.use_cache = False  # as the Trainer has it
     set_seed(1)
     with torch.no_grad():
         first, second = (scores(model(**batch)) for _ in range(2))

@@ -406,8 +406,8 @@ class LayersDiffer(tf.LlamaConfig):
 
 @pytest.mark.parametrize("noise", [{}, {"router_jitter_noise": 0.0}])
 def test_a_config_whose_layers_differ_is_read_all_the_same(noise):
-    sizes = dict(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
-    model = tf.LlamaForCausalLM(LayersDiffer(**sizes, head_dim=4, **noise))
+    sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "head_dim": 4}
+    model = tf.LlamaForCausalLM(LayersDiffer(**sizes, num_attention_heads=2, **noise))
     model.config.strict = True
     with pytest.raises(RuntimeError, match="per-layer"):
         _ = model.config.head_dim
