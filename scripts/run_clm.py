@@ -84,6 +84,7 @@ def main(
         args=training_args,
         card=card,
         consistency_samples=report_args.consistency_samples,
+        metric_names=("nll", "perplexity", "accuracy"),
         train_dataset=data.get("train"),
         eval_dataset=data.get("validation"),
         processing_class=tokenizer,
