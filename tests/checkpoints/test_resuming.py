@@ -164,3 +164,21 @@ def test_the_faults_are_real(tmp_path):
     """A run with none planned ends well: what the others see is the fault's doing."""
     assert finish(plain_run, tmp_path / "log", tmp_path / "out", ragged_rows(), max_steps=1) == 0
     assert faults.finish(faults.kill, tmp_path / "log") == -signal.SIGKILL
+
+
+def test_resuming_with_true_names_the_only_checkpoint_when_it_is_unfinished(tmp_path):
+    args = {"output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 2}
+    trainer = train(make_model("single"), **args)
+    (tmp_path / "checkpoint-2" / "trainer_state.json").unlink()
+    with pytest.raises(ValueError, match=r"checkpoint-2 is unfinished: .* Start anew in another output folder"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_restoring_callbacks_warns_of_none_that_is_not_one(tmp_path, caplog):
+    args = {"output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 1}
+    trainer = train(make_model("single"), **args)
+    trainer.args.restore_callback_states_from_checkpoint = True
+    with caplog.at_level("WARNING"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert "RDropLossLog" not in caplog.text
+    assert trainer.restore_sums() is not None  # the sums themselves are kept
