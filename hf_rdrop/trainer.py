@@ -19,6 +19,7 @@ from .objective.parent_loss import ParentLoss
 from .sub_models import SubModels
 from .training.checks import check_bases, check_scale, check_was_called
 from .training.first_batch import labels_explained
+from .training.loss_function import LossFunctionMixin
 from .training.loss_log import LossLog, log_fields, warn_of_inert
 from .training.run import TrainingRun
 from .training.settings import Settings
@@ -29,7 +30,7 @@ else:
     _AnyTrainer = object  # the mixin calls what every Trainer has, but derives from none
 
 
-class RDropMixin(CleanPushMixin, ResumeMixin, _AnyTrainer):
+class RDropMixin(CleanPushMixin, ResumeMixin, LossFunctionMixin, _AnyTrainer):
     """Makes the objective of the `Trainer` class it is mixed in before R-Drop's: ``class T(RDropMixin, MyTrainer)``.
 
     In training, each batch is repeated (`[x; x]`, one forward, two dropout masks) and
@@ -86,7 +87,6 @@ class RDropMixin(CleanPushMixin, ResumeMixin, _AnyTrainer):
     non_batch_inputs: frozenset[str] = NON_BATCH_INPUTS
     _run: TrainingRun | None = None  # read it through `rdrop_run`, which keeps it up to date
     _unwrapped: tuple[Any, nn.Module] | None = None
-    _loss_func: Callable[..., Tensor] | None = None
     _calls: list[Tensor] | None = None  # loss, CE and KL of each `compute_loss` of a `training_step`
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -245,23 +245,6 @@ class RDropMixin(CleanPushMixin, ResumeMixin, _AnyTrainer):
         """The parent's `compute_loss` by name, if it is not Trainer's."""
         parent: Any = super().compute_loss
         return None if parent.__func__ is Trainer.compute_loss else parent.__func__.__qualname__
-
-    @property
-    def compute_loss_func(self) -> Callable[..., Tensor] | None:
-        """The user's loss function, given the count of the labels that it sees; it can be set at any time."""
-        return self._loss_func
-
-    @compute_loss_func.setter
-    def compute_loss_func(self, loss_func: Callable[..., Tensor] | None) -> None:
-        self._loss_func = None if loss_func is None else self._as_mean(loss_func)
-
-    def _as_mean(self, loss_func: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """Give a user's loss function the count of the labels it sees: a mean, whether it divides by it or not."""
-
-        def mean_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-            return loss_func(outputs, labels, num_items_in_batch=self.rdrop_run.items.labelled({"labels": labels}))
-
-        return mean_loss
 
     @contextmanager
     def sub_models(self) -> Iterator[SubModels | None]:
