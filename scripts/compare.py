@@ -32,7 +32,7 @@ from comparison.demo import write_demo_inputs
 from comparison.queue import Run, run_all
 from comparison.runs import check_folder, describe, list_runs, take_runs, write_results
 from comparison.tuning import Trials, choose, plan_trials
-from finetuning.run import cli
+from finetuning.command_line import cli
 from reporting.folder import sole_user
 
 

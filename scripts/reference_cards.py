@@ -15,14 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from comparison.cards import Task, file_name, make_parts, metadata
 from comparison.figures import Report, make_report
 from comparison.file import not_one, read_comparison
 from comparison.history import as_lines
+from finetuning.command_line import cli, closest
 from finetuning.results import write_file
-from finetuning.run import cli, closest
 from hf_rdrop.cards.evidence import read_consistency
-from hf_rdrop.cards.markdown import render
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -100,6 +98,10 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
                 f"--tasks {name} has no finished run{closest(name, tasks)}: there are {', '.join(tasks)}."
             )
     consistency, picture = read_pairs(args.consistency, tasks), find_picture(args.comparison, args.output_dir)
+    # What is refused, is refused before this, which takes long to import.
+    from comparison.cards import Task, file_name, make_parts, metadata
+    from hf_rdrop.cards.markdown import render
+
     cards = {}
     for name in args.tasks or tasks:
         task = Task(found, report, name)

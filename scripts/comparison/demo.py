@@ -3,14 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers.utils import logging
-
 from comparison.arms import Task
 from demo.corpora import SIZES as CORPORA
 from demo.corpora import write_demo_data
-from finetuning.run import parse_arguments
-from from_scratch.arguments import InitModelArguments
-from from_scratch.model import init_model
 
 # Model and training of each demo task: sizes for init_model.py, then the script's own arguments. They were chosen by
 # looking at plain training: long enough that it overfits and its score has stopped rising. (Translation had 20 epochs
@@ -66,6 +61,12 @@ def demo_tasks(folder: Path, alpha: float | None) -> list[Task]:
 
 def write_demo_inputs(folder: Path, seeds: Sequence[int]) -> None:
     """Write the demo's corpora, and random weights and a tokenizer by task and seed; the same bytes every time."""
+    from transformers.utils import logging
+
+    from finetuning.run import parse_arguments
+    from from_scratch.arguments import InitModelArguments
+    from from_scratch.model import init_model
+
     logging.disable_progress_bar()
     data = write_demo_data(folder / "data", seed=0)
     for name, model in MODELS.items():

@@ -16,12 +16,12 @@ from threading import Event
 from typing import Any
 
 import psutil
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from comparison.devices import visible_gpus
+from finetuning.command_line import STATUS
 from finetuning.results import LAST_RESULT_FILE, read_json, write_json
-from hf_rdrop.sigterm import STATUS
 
 SCRIPTS = Path(__file__).resolve().parents[1]
 RUN_FILE = "run.json"  # beside a run's output folder: what was started there
@@ -141,14 +141,6 @@ def _as_completed(futures: Iterable[Future[Any]]) -> Iterator[Future[Any]]:
     while left:
         done, left = wait(left, timeout=1, return_when=FIRST_COMPLETED)
         yield from done
-
-
-def visible_gpus() -> list[str]:
-    """The CUDA devices that runs may use, as CUDA_VISIBLE_DEVICES names them."""
-    if not torch.cuda.is_available():
-        return []
-    given = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    return given or [str(index) for index in range(torch.cuda.device_count())]
 
 
 def _end(process: subprocess.Popen) -> None:
