@@ -1,9 +1,11 @@
 """Demo of compare.py: made-up corpora and real digits, tiny models from scratch, and how long they are trained."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from comparison.arms import Task
+from comparison.warm import WarmProcess
 from demo.corpora import SIZES as CORPORA
 from demo.corpora import write_demo_data
 
@@ -59,6 +61,17 @@ def demo_tasks(folder: Path, alpha: float | None) -> list[Task]:
     ]
 
 
+def make_demo_inputs(folder: Path, seeds: Sequence[int], warm: WarmProcess | None) -> None:
+    """Do `write_demo_inputs` in a fork of the warm process where there is one, so that this one imports no torch."""
+    if warm is not None:
+        warm.load(["from_scratch.model"])
+        log = folder / "inputs.txt"
+        started = warm.start([__file__, folder, *map(str, seeds)], log)
+        if started is not None and started.wait() == 0:
+            return
+    write_demo_inputs(folder, seeds)
+
+
 def write_demo_inputs(folder: Path, seeds: Sequence[int]) -> None:
     """Write the demo's corpora, and random weights and a tokenizer by task and seed; the same bytes every time."""
     from transformers.utils import logging
@@ -76,3 +89,7 @@ def write_demo_inputs(folder: Path, seeds: Sequence[int]) -> None:
                 text = ["--train_files", str(data[name]["train"])] if name in data else []
                 line = [*text, "--output_dir", str(output), "--seed", str(seed), *SIZES, *model]
                 init_model(*parse_arguments([InitModelArguments], line, None))
+
+
+if __name__ == "__main__":  # in a fork of the warm process: what follows are the folder and the seeds
+    write_demo_inputs(Path(sys.argv[1]), [int(seed) for seed in sys.argv[2:]])
