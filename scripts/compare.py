@@ -1,6 +1,7 @@
 #!/usr/bin/env python
 """Compare R-Drop with plain fine-tuning: the same script, data and data order, several seeds, equal tuning.
 
+    python scripts/compare.py --demo --quick
     python scripts/compare.py --demo
     python scripts/compare.py --script run_glue.py --metric eval_accuracy --rdrop_alpha 0.1 0.5 1.0 --seeds 0 1 2 \
         --arms baseline baseline-2x doubled rdrop --output_dir outputs/own -- --train_file train.csv \
@@ -77,7 +78,7 @@ def run_comparison(comparison: Comparison, trials: Trials, console: Console) -> 
         run.check()
     with warm_process(comparison) as warm:
         if comparison.demo:
-            make_demo_inputs(comparison.folder, comparison.seeds, warm)
+            make_demo_inputs(comparison.folder, comparison.tasks, comparison.seeds, warm)
         return run_with(comparison, trials, console, warm)
 
 

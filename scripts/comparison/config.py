@@ -61,6 +61,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--demo", action="store_true", help="compare on the embedded demo data (4 minutes on 2 cores)")
+    add("--quick", action="store_true", help="with --demo: one task, one seed (under a minute)")
     add("--config", type=Path, help="YAML file with tasks, arms, seeds and tuning (see scripts/README.md)")
     add("--tasks", nargs="+", metavar="TASK", help="only these tasks of --config")
     add("--script", choices=SCRIPTS, help="training script of a single task")
@@ -93,6 +94,8 @@ def parse(argv: Sequence[str] | None, description: str | None = None) -> Compari
     args = make_parser(description).parse_args(argv)
     if (args.demo, bool(args.config), bool(args.script)).count(True) != 1:
         raise ValueError("give either --demo, or --config, or --script and --metric with arguments after --.")
+    if args.quick and not args.demo:
+        raise ValueError("--quick makes the demo short: give --demo too.")
     if args.script and not (args.metric and args.output_dir and args.arguments):
         raise ValueError("--script also needs --metric, --output_dir and, after --, the script's arguments.")
     if args.config and not args.output_dir:
@@ -116,6 +119,7 @@ def parse(argv: Sequence[str] | None, description: str | None = None) -> Compari
         tasks = [_task(name, config["tasks"][name], config) for name in args.tasks or config["tasks"]]
     elif args.demo:
         tasks = demo_tasks(folder, (args.rdrop_alpha or [None])[0])
+        tasks = tasks[:1] if args.quick else tasks
     else:
         tune = _tune_values(args.tune or [])
         alphas = args.rdrop_alpha or [1.0]
@@ -125,7 +129,7 @@ def parse(argv: Sequence[str] | None, description: str | None = None) -> Compari
 
     own, more = config.get("own_arms") or {}, dict(_own_arm(given) for given in args.own_arm)
     names = args.arms or [*(config.get("arms") or ["baseline", "rdrop"]), *own]
-    seeds = args.seeds or config.get("seeds") or [0, 1, 2]
+    seeds = args.seeds or config.get("seeds") or ([0] if args.quick else [0, 1, 2])
     tuning_seeds = (
         args.tuning_seeds
         or config.get("tuning_seeds")
