@@ -18,7 +18,8 @@ from comparison.devices import may_have_one
 
 SCRIPTS = Path(__file__).resolve().parents[1]
 QUIET: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}  # runs have logs of their own
-SERVER = Path(__file__).with_name("warm_server.py")
+# Not as a file: the folder of this one would come first in sys.path, and hide the standard library's `queue`.
+SERVER = f"import sys; sys.path[0] = {str(SCRIPTS)!r}; from comparison.warm_server import main; main()"
 
 
 def can_fork() -> bool:
@@ -58,7 +59,7 @@ class WarmProcess:
     def __init__(self, env: Mapping[str, str], folder: Path = SCRIPTS) -> None:
         self._channel, theirs = socket.socketpair()
         with theirs:
-            command = [sys.executable, str(SERVER), str(theirs.fileno()), str(folder)]
+            command = [sys.executable, "-c", SERVER, str(theirs.fileno()), str(folder)]
             self._process = subprocess.Popen(
                 command, env=env, pass_fds=[theirs.fileno()], start_new_session=True, **QUIET
             )

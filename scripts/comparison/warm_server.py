@@ -104,7 +104,8 @@ def tell(channel: socket.socket, **message: Any) -> None:
         channel.sendall(json.dumps(message).encode() + b"\n")
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Serve, and in a forked process run the script as `python script.py` would."""
     sys.path[0] = sys.argv[2]
     command = serve(socket.socket(fileno=int(sys.argv[1])))
     if command:
