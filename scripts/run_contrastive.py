@@ -14,8 +14,9 @@ from typing import Any
 
 from transformers import AutoModel
 
+from finetuning.command_line import cli
 from finetuning.model import ModelArguments, fit_length, hub_name, load_config, load_model, load_tokenizer
-from finetuning.run import cli, parse_arguments, start_run
+from finetuning.run import parse_arguments, start_run
 from finetuning.trainer import padding_multiple
 from hf_rdrop import set_dropout
 from hf_rdrop.metrics import Glue

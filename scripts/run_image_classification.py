@@ -18,8 +18,9 @@ from typing import Any
 
 from transformers import AutoModelForImageClassification, Trainer
 
+from finetuning.command_line import cli
 from finetuning.model import hub_name, load_config, load_model
-from finetuning.run import cli, parse_arguments, start_run
+from finetuning.run import parse_arguments, start_run
 from finetuning.trainer import ReportArguments, ScriptMixin
 from hf_rdrop import RDropTrainer, RDropTrainingArguments
 from hf_rdrop.metrics import SequenceClassification

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
+from ..alpha import check_alpha
 from ..dropout import describe_sources, inspect_dropout, is_stochastic
-from ..loss import check_alpha
 from ..objective.batch_layout import BatchLayout
 from ..objective.heads import ANSWER, SUPPORTED_HEADS
 from ..sub_models.places import embeds_with_noise

@@ -16,7 +16,7 @@ from scipy import stats
 from transformers import AutoModel, AutoTokenizer, GPT2Config, GPT2Model, set_seed
 
 import run_contrastive
-from finetuning.run import cli
+from finetuning.command_line import cli
 from support import script_data as made
 from support.hub_server import Hub, use_hub
 from tasks.embeddings import ContrastiveArguments, load_sentences

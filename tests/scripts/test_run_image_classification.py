@@ -16,7 +16,7 @@ import consistency
 import init_model
 import run_image_classification
 import sweep
-from finetuning.run import cli
+from finetuning.command_line import cli
 from tasks import image_processing
 from tasks.images import read_digits, read_folder
 
