@@ -26,6 +26,7 @@ list, never up (tests/test_architecture.py):
 `hub/`              uploads without tokens and paths; knows no R-Drop
 `metrics/`          `evaluate` metrics that need no network
 `files`             writing a file at once; internal
+`alpha`             the range of alpha; internal
 ==================  ====================================================================================
 
 Names are loaded when they are first used: `import hf_rdrop` costs nothing, `hf_rdrop.functional` needs torch alone.

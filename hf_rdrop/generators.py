@@ -1,7 +1,7 @@
 """Seed, share out and restore the random numbers that models draw: Python's, NumPy's (SpecAugment) and torch's."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,23 +10,36 @@ import torch
 from torch import nn
 
 
+def remember_generators(model: nn.Module) -> Callable[[], None]:
+    """Remember the state of every generator that a model may draw from; the function returned puts it back."""
+    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
+    kept = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    on_gpus = {device: torch.cuda.get_rng_state(device) for device in devices}
+
+    def restore() -> None:
+        random.setstate(kept[0])
+        np.random.set_state(kept[1])
+        torch.set_rng_state(kept[2])
+        for device, state in on_gpus.items():
+            torch.cuda.set_rng_state(state, device)
+
+    return restore
+
+
 @contextmanager
 def generators_restored(model: nn.Module, seed: int | None = None) -> Iterator[None]:
     """Put every generator back to its state at the end of the block; with a seed, begin the block with it."""
-    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
-    kept = random.getstate(), np.random.get_state()
+    restore = remember_generators(model)
     try:
-        with torch.random.fork_rng(devices):
-            if seed is not None:
-                random.seed(seed)
-                np.random.seed(seed % 2**32)
-                torch.default_generator.manual_seed(seed)
-                for device in devices:
-                    torch.cuda.default_generators[device.index].manual_seed(seed)
-            yield
+        if seed is not None:
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            torch.default_generator.manual_seed(seed)
+            if any(parameter.is_cuda for parameter in model.parameters()):
+                torch.cuda.manual_seed_all(seed)
+        yield
     finally:
-        random.setstate(kept[0])
-        np.random.set_state(kept[1])
+        restore()
 
 
 def draw_own_masks(rank: int, device: torch.device) -> None:

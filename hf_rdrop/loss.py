@@ -1,6 +1,5 @@
 """R-Drop's objective for plain PyTorch and Accelerate loops."""
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -8,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .agreements import OUTPUT_AGREEMENTS, parse_agreement
+from .alpha import check_alpha
 from .functional import AGREEMENTS
 
 
@@ -17,15 +17,6 @@ class RDropLossOutput(NamedTuple):
     loss: Tensor
     ce: Tensor
     kl: Tensor
-
-
-def check_alpha(alpha: float) -> None:
-    """Raise `ValueError` unless alpha is a finite number >= 0."""
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha) or alpha < 0:
-        raise ValueError(
-            f"rdrop_alpha must be a finite number >= 0, got {alpha!r}: it weighs the agreement of the passes in "
-            "loss = CE + alpha / 2 * KL. Use 0 for plain fine-tuning, 0.1 to 1 for classification, 5 for translation."
-        )
 
 
 def check_class_indices(labels: Tensor, classes: int) -> None:

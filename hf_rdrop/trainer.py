@@ -20,6 +20,7 @@ from .sub_models import SubModels
 from .training.checks import check_bases, check_scale, check_was_called
 from .training.first_batch import labels_explained
 from .training.knobs import set_rate
+from .training.loss_function import LossFunctionMixin
 from .training.loss_log import LossLog, log_fields, warn_of_inert
 from .training.run import TrainingRun
 from .training.settings import Settings
@@ -30,7 +31,7 @@ else:
     _AnyTrainer = object  # the mixin calls what every Trainer has, but derives from none
 
 
-class RDropMixin(CleanPushMixin, ResumeMixin, _AnyTrainer):
+class RDropMixin(CleanPushMixin, ResumeMixin, LossFunctionMixin, _AnyTrainer):
     """Makes the objective of the `Trainer` class it is mixed in before R-Drop's: ``class T(RDropMixin, MyTrainer)``.
 
     In training, each batch is repeated (`[x; x]`, one forward, two dropout masks) and
@@ -85,7 +86,6 @@ class RDropMixin(CleanPushMixin, ResumeMixin, _AnyTrainer):
     """
 
     non_batch_inputs: frozenset[str] = NON_BATCH_INPUTS
-    compute_loss_func: Callable[..., Tensor] | None
     _run: TrainingRun | None = None  # read it through `rdrop_run`, which keeps it up to date
     _unwrapped: tuple[Any, nn.Module] | None = None
     _calls: list[Tensor] | None = None  # loss, CE and KL of each `compute_loss` of a `training_step`
@@ -104,8 +104,6 @@ class RDropMixin(CleanPushMixin, ResumeMixin, _AnyTrainer):
         self.model_accepts_loss_kwargs, self.loss_is_scaled_for_ga = True, None
         self._log = LossLog()
         set_rate(self.model, Settings.of(self.args).dropout)
-        if self.compute_loss_func is not None:
-            self.compute_loss_func = self._as_mean(self.compute_loss_func)
         self.add_callback(_RDropCallback(self))
 
     # ---- The objective ----
@@ -115,14 +113,11 @@ class RDropMixin(CleanPushMixin, ResumeMixin, _AnyTrainer):
     ) -> Any:
         """Compute R-Drop's loss in training, the plain mean loss of one pass in evaluation. See `RDropMixin`."""
         run, state = self.rdrop_run, self.state
-        inputs = without_answers(inputs, run.model)
+        if isinstance(inputs, Mapping):
+            inputs = without_answers(inputs, run.model)
         if not model.training:
-            # A copy, because the Trainer pops the labels off the dict when it smooths them.
             with labels_explained(run.model, run.layout, inputs):
-                found: Any = super().compute_loss(
-                    model, dict(inputs), return_outputs=return_outputs, num_items_in_batch=None
-                )
-            loss, outputs = found if return_outputs else (found, None)
+                loss, outputs, _ = run.parent_loss.of(model, inputs, return_outputs)
             if (count := run.items.labelled(inputs)) is not None:
                 loss = torch.where(count > 0, loss, 0)  # as in training: not nan for rows without a valid item
             return (loss, outputs) if return_outputs else loss
@@ -205,7 +200,12 @@ class RDropMixin(CleanPushMixin, ResumeMixin, _AnyTrainer):
             self.base_model,
             self.args,
             BatchLayout.of(self.base_model, self.label_names, self.non_batch_inputs),
-            ParentLoss(super().compute_loss, self._parent_name, self.user_of_outputs),
+            ParentLoss(
+                super().compute_loss,
+                self._parent_name,
+                self.user_of_outputs,
+                lambda batch: self.rdrop_run.items.labelled(batch),
+            ),
             logits_for_agreement=self.logits_for_agreement,
             needs_outputs=self.needs_outputs,
             label_smoothing=0.0 if self.label_smoother is None else self.args.label_smoothing_factor,
@@ -230,6 +230,8 @@ class RDropMixin(CleanPushMixin, ResumeMixin, _AnyTrainer):
             return f"rdrop_agreement={settings.agreement} needs the logits"
         if settings.unlabeled:
             return "rdrop_unlabeled needs the logits"
+        if self.compute_loss_func is not None:  # also where a subclass says that nobody needs them
+            return "compute_loss_func gets the model's outputs"
         return self.user_of_outputs
 
     @property
@@ -244,14 +246,6 @@ class RDropMixin(CleanPushMixin, ResumeMixin, _AnyTrainer):
         """The parent's `compute_loss` by name, if it is not Trainer's."""
         parent: Any = super().compute_loss
         return None if parent.__func__ is Trainer.compute_loss else parent.__func__.__qualname__
-
-    def _as_mean(self, loss_func: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """Give a user's loss function the count of the labels it sees: a mean, whether it divides by it or not."""
-
-        def mean_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-            return loss_func(outputs, labels, num_items_in_batch=self.rdrop_run.items.labelled({"labels": labels}))
-
-        return mean_loss
 
     @contextmanager
     def sub_models(self) -> Iterator[SubModels | None]:
@@ -273,7 +267,7 @@ class RDropMixin(CleanPushMixin, ResumeMixin, _AnyTrainer):
         if self._run is not None:
             self._run.remove()
         self._run = self._new_run()
-        self._run.check_setup(self.accelerator)
+        self._run.check_setup(self.accelerator, self.optimizer)
         self._run.begin()
         # (Processes that share a batch, in tensor parallelism, must draw the same.)
         tensor_parallel = getattr(getattr(self.accelerator, "parallelism_config", None), "tp_size", 1)

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from .agreements import TERMS, parse_agreement
-from .loss import check_alpha
+from .alpha import check_alpha
 
 FUSED_HEAD = ("auto", "on", "off")
 SCHEDULES = ("constant", "linear", "sigmoid")

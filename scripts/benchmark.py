@@ -47,9 +47,10 @@ from benchmarking.plots import plot
 from benchmarking.precision import CLASSES, DTYPES, TARGETS, precision_errors
 from benchmarking.report import markdown, tables, terminal_table
 from benchmarking.steps import FUSED, HEADS, PLAIN, RDROP, TRUNK_3_4, Sizes, step_arms, step_settings
+from finetuning.command_line import cli
 from finetuning.results import write_file
-from finetuning.run import cli, parse_arguments
-from hf_rdrop.loss import check_alpha
+from finetuning.run import parse_arguments
+from hf_rdrop.alpha import check_alpha
 
 SECTIONS = ("loss", "steps", "growth", "precision")
 GROWTH_HEADS = {"vocab": "translation", **dict.fromkeys(("length", "batch", "layers"), "sequence-classification")}

@@ -1,6 +1,7 @@
 #!/usr/bin/env python
 """Compare R-Drop with plain fine-tuning: the same script, data and data order, several seeds, equal tuning.
 
+    python scripts/compare.py --demo --quick
     python scripts/compare.py --demo
     python scripts/compare.py --script run_glue.py --metric eval_accuracy --rdrop_alpha 0.1 0.5 1.0 --seeds 0 1 2 \
         --arms baseline baseline-2x doubled rdrop --output_dir outputs/own -- --train_file train.csv \
@@ -23,16 +24,19 @@ runs not finished; more seeds, arms and tasks can be added in the same way.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 from rich.console import Console
 
 from comparison.arms import run_arguments
 from comparison.config import Comparison, parse
-from comparison.demo import write_demo_inputs
-from comparison.queue import Run, run_all
+from comparison.demo import make_demo_inputs
+from comparison.queue import Run, environment, run_all
 from comparison.runs import check_folder, describe, list_runs, take_runs, write_results
 from comparison.tuning import Trials, choose, plan_trials
-from finetuning.run import cli
+from comparison.warm import WarmProcess, can_fork
+from finetuning.command_line import cli
 from reporting.folder import sole_user
 
 
@@ -72,22 +76,41 @@ def run_comparison(comparison: Comparison, trials: Trials, console: Console) -> 
     """Tune, train and report what has not finished; returns the rows of the report as dicts."""
     for run in trials:
         run.check()
-    if comparison.demo:
-        write_demo_inputs(comparison.folder, comparison.seeds)
+    with warm_process(comparison) as warm:
+        if comparison.demo:
+            make_demo_inputs(comparison.folder, comparison.tasks, comparison.seeds, warm)
+        return run_with(comparison, trials, console, warm)
+
+
+def warm_process(comparison: Comparison) -> AbstractContextManager[WarmProcess | None]:
+    """Start the process that runs are forked from, where that can be done."""
+    if comparison.report_only or not can_fork():
+        return nullcontext()
+    return WarmProcess(environment(comparison.jobs))
+
+
+def run_with(
+    comparison: Comparison, trials: Trials, console: Console, warm: WarmProcess | None
+) -> list[dict[str, Any]]:
+    """Train and report, with the warm process."""
     metrics = {task.name: task.metric for task in comparison.tasks}
     failed: dict[Run, str] = {}
     take_runs(list(trials), comparison.take_from)
+
+    def run_these(runs: list[Run], keep_models: bool = False) -> dict[Run, str]:
+        jobs = comparison.jobs
+        return run_all(runs, jobs, lambda run: describe(run, metrics[run.task]), console, keep_models, warm)
+
     if trials and not comparison.report_only:
         console.print(f"{len(trials)} runs on a split of the training data choose the settings.", highlight=False)
-        failed |= run_all(list(trials), comparison.jobs, lambda run: describe(run, metrics[run.task]), console)
+        failed |= run_these(list(trials))
     choices = choose(comparison, trials)
     runs = plan(comparison, choices)
     for run in runs:
         run.check()
     take_runs(runs, comparison.take_from)
     if not comparison.report_only:
-        keep = comparison.keep_models
-        failed |= run_all(runs, comparison.jobs, lambda run: describe(run, metrics[run.task]), console, keep)
+        failed |= run_these(runs, comparison.keep_models)
 
     rows = write_results(comparison, list(trials), runs, choices, failed, console)
     if failed:

@@ -29,8 +29,8 @@ import run_glue
 import run_image_classification
 import run_ner
 import run_translation
+from finetuning.command_line import cli, option_names, without_folders
 from finetuning.results import read_json, write_file, write_json
-from finetuning.run import cli, option_names, without_folders
 from reporting.consistency import choose_score, markdown_table, plot
 
 SCRIPTS: dict[str, Callable[[list[str]], Any]] = {

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from demo.corpora import write_demo_data
-from finetuning.run import cli
+from finetuning.command_line import cli
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, Path]]:

@@ -8,7 +8,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-from finetuning.run import cli
+from finetuning.command_line import cli
 from reporting.style import COLOURS, DPI, plt, save
 
 BLUE, ORANGE, GREEN = COLOURS[:3]

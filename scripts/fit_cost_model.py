@@ -17,7 +17,7 @@ from scipy.optimize import least_squares
 
 from benchmarking.report import time_ratio
 from benchmarking.steps import HEADS, PLAIN, Sizes, cost_settings, make_batch
-from finetuning.run import cli
+from finetuning.command_line import cli
 from hf_rdrop.cost import MACHINES, Machine, predict_cost
 from hf_rdrop.cost.model_shape import ModelShape, describe_model
 

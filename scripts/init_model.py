@@ -22,7 +22,8 @@ of a wide model, and leaves a narrow one close to zero.
 from collections.abc import Sequence
 from pathlib import Path
 
-from finetuning.run import cli, parse_arguments
+from finetuning.command_line import cli
+from finetuning.run import parse_arguments
 from from_scratch.arguments import InitModelArguments
 from from_scratch.model import init_model
 

@@ -11,18 +11,17 @@ $VARIABLES of the comparison's configuration stay as they are.
 """
 
 import argparse
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from comparison.cards import Task, file_name, make_parts, metadata
 from comparison.figures import Report, make_report
 from comparison.file import not_one, read_comparison
 from comparison.history import as_lines
+from finetuning.command_line import cli, closest
 from finetuning.results import write_file
-from finetuning.run import cli, closest
 from hf_rdrop.cards.evidence import read_consistency
-from hf_rdrop.cards.markdown import render
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -51,13 +50,32 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def read(path: Path) -> tuple[dict[str, Any], Report]:
-    """Read a comparison.json, its histories as log lines, and make its figures anew from the runs.
+def finished_tasks(path: Path, found: Mapping[str, Any]) -> list[str]:
+    """Name the tasks of a comparison that have a finished run with a score.
 
     Raises:
-        ValueError: it cannot be read, or no run has finished.
+        ValueError: it is no comparison, or no run has finished.
     """
-    found = read_comparison(path, "--comparison")
+    try:
+        metrics = {row["task"]: row["metric"] for row in found["rows"]}
+        scored = {
+            run["task"]
+            for run in found["runs"]
+            if run["task"] in metrics and math.isfinite(run["metrics"].get(metrics[run["task"]], math.nan))
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise not_one(path, "--comparison", error) from error
+    if not scored:
+        raise ValueError(f"--comparison {path}: no run has finished, so there is nothing to make a card of.")
+    return [task for task in metrics if task in scored]
+
+
+def figures_of(path: Path, found: dict[str, Any]) -> Report:
+    """Make a comparison's figures anew from its runs, and turn their histories into log lines.
+
+    Raises:
+        ValueError: it is no comparison.
+    """
     try:
         metrics = {row["task"]: row["metric"] for row in found["rows"]}
         report = make_report(found["runs"], metrics, list(dict.fromkeys(row["arm"] for row in found["rows"])))
@@ -65,9 +83,7 @@ def read(path: Path) -> tuple[dict[str, Any], Report]:
             run["history"] = as_lines(run["history"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise not_one(path, "--comparison", error) from error
-    if not report.rows:
-        raise ValueError(f"--comparison {path}: no run has finished, so there is nothing to make a card of.")
-    return found, report
+    return report
 
 
 def read_pairs(pairs: Sequence[str], tasks: Sequence[str]) -> dict[str, Any]:
@@ -92,14 +108,19 @@ def find_picture(comparison: Path, output_dir: Path) -> str | None:
 def main(argv: Sequence[str] | None = None) -> list[Path]:
     """Write the cards; returns their paths."""
     args = parse(argv)
-    found, report = read(args.comparison)
-    tasks = list(dict.fromkeys(row.task for row in report.rows))
+    found = read_comparison(args.comparison, "--comparison")
+    tasks = finished_tasks(args.comparison, found)
     for name in args.tasks or ():
         if name not in tasks:
             raise ValueError(
                 f"--tasks {name} has no finished run{closest(name, tasks)}: there are {', '.join(tasks)}."
             )
     consistency, picture = read_pairs(args.consistency, tasks), find_picture(args.comparison, args.output_dir)
+    report = figures_of(args.comparison, found)
+    # Arguments are refused before this, which takes long to import.
+    from comparison.cards import Task, file_name, make_parts, metadata
+    from hf_rdrop.cards.markdown import render
+
     cards = {}
     for name in args.tasks or tasks:
         task = Task(found, report, name)

@@ -21,8 +21,9 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, Trainer
 
+from finetuning.command_line import cli
 from finetuning.model import ModelArguments, fit_length, hub_name, load_config, load_model, load_tokenizer
-from finetuning.run import cli, parse_arguments, start_run
+from finetuning.run import parse_arguments, start_run
 from finetuning.trainer import ReportArguments, ScriptMixin
 from hf_rdrop import RDropTrainer, RDropTrainingArguments
 from tasks.language_modelling import (
@@ -84,6 +85,7 @@ def main(
         args=training_args,
         card=card,
         consistency_samples=report_args.consistency_samples,
+        metric_names=("nll", "perplexity", "accuracy"),
         train_dataset=data.get("train"),
         eval_dataset=data.get("validation"),
         processing_class=tokenizer,

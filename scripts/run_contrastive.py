@@ -14,8 +14,9 @@ from typing import Any
 
 from transformers import AutoModel
 
+from finetuning.command_line import cli
 from finetuning.model import ModelArguments, fit_length, hub_name, load_config, load_model, load_tokenizer
-from finetuning.run import cli, parse_arguments, start_run
+from finetuning.run import parse_arguments, start_run
 from finetuning.trainer import padding_multiple
 from hf_rdrop import set_dropout
 from hf_rdrop.metrics import Glue
@@ -59,6 +60,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         model=model,
         args=training_args,
         card={"finetuned_from": hub_name(model_args), "dataset": data_args.dataset_name},
+        metric_names=metric.compute(predictions=[0.0, 1.0, 2.0], references=[0.0, 1.0, 2.0]),
         train_dataset=data.get("train"),
         eval_dataset=data.get("validation"),
         processing_class=tokenizer,

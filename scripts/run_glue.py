@@ -15,10 +15,11 @@ from typing import Any
 
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer
 
+from finetuning.command_line import cli
 from finetuning.labels import SINGLE
 from finetuning.model import ModelArguments, fit_length, hub_name, load_config, load_model, load_tokenizer
 from finetuning.reading import keep_reading, tell_reading
-from finetuning.run import cli, parse_arguments, start_run
+from finetuning.run import parse_arguments, start_run
 from finetuning.trainer import ReportArguments, ScriptMixin, padding_multiple
 from finetuning.unlabeled import UnlabeledArguments, load_unlabeled, no_targets
 from finetuning.unlabeled_batches import UnlabeledMixin

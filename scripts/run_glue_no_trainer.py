@@ -26,11 +26,12 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, SchedulerType, get_scheduler
 
 from accelerate import Accelerator, DataLoaderConfiguration
+from finetuning.command_line import cli
 from finetuning.labels import Labels
 from finetuning.model import ModelArguments, fit_length, load_config, load_model, load_tokenizer
 from finetuning.reading import keep_reading, tell_reading
 from finetuning.results import LAST_RESULT_FILE, read_json, remove_results, write_json
-from finetuning.run import RESUME_OPTION, cli, find_checkpoint, parse_arguments
+from finetuning.run import RESUME_OPTION, find_checkpoint, parse_arguments
 from hf_rdrop import RDropArguments, RDropLoss, set_dropout
 from hf_rdrop.batch import repeat_batch, split_passes
 from hf_rdrop.checkpoints import saving

@@ -18,12 +18,13 @@ from typing import Any
 
 from transformers import AutoModelForImageClassification, Trainer
 
+from finetuning.command_line import cli
 from finetuning.model import hub_name, load_config, load_model
-from finetuning.run import cli, parse_arguments, start_run
+from finetuning.run import parse_arguments, start_run
 from finetuning.trainer import ReportArguments, ScriptMixin
 from hf_rdrop import RDropTrainer, RDropTrainingArguments
 from hf_rdrop.metrics import SequenceClassification
-from tasks.classification import flip_labels, predict_labels, read_targets, score
+from tasks.classification import flip_labels, metric_names, predict_labels, read_targets, score
 from tasks.image_processing import ImageModelArguments, PreparedImages, check_images, load_image_processor
 from tasks.images import ImageArguments, choose_labels, file_names, format_predictions, load_images
 
@@ -83,6 +84,7 @@ def main(
         args=training_args,
         card=card,
         consistency_samples=report_args.consistency_samples,
+        metric_names=metric_names(labels, compute_metrics),
         train_dataset=data.get("train"),
         eval_dataset=data.get("validation"),
         processing_class=processor,

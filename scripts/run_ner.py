@@ -16,9 +16,10 @@ from typing import Any
 
 from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification, EvalPrediction, Trainer
 
+from finetuning.command_line import cli
 from finetuning.data import load_splits
 from finetuning.model import ModelArguments, fit_length, hub_name, load_config, load_model, load_word_tokenizer
-from finetuning.run import cli, parse_arguments, start_run
+from finetuning.run import parse_arguments, start_run
 from finetuning.trainer import ReportArguments, ScriptMixin, padding_multiple
 from hf_rdrop import RDropTrainer, RDropTrainingArguments
 from tasks.tag_schemes import settle_schemes

@@ -21,6 +21,7 @@ from typing import Any
 
 from transformers import AutoModelForSeq2SeqLM, Trainer
 
+from finetuning.command_line import cli
 from finetuning.data import load_splits
 from finetuning.model import (
     ModelArguments,
@@ -31,7 +32,7 @@ from finetuning.model import (
     load_tokenizer,
     set_languages,
 )
-from finetuning.run import cli, parse_arguments, start_run
+from finetuning.run import parse_arguments, start_run
 from finetuning.trainer import ReportArguments, ScriptMixin, padding_multiple
 from hf_rdrop import RDropSeq2SeqTrainer, RDropSeq2SeqTrainingArguments
 from tasks.parallel_texts import read_translations

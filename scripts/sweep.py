@@ -21,6 +21,7 @@ again with the same arguments, the sweep goes on with the trials not finished; a
 """
 
 import argparse
+import importlib
 import logging
 import math
 import os
@@ -29,30 +30,22 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from transformers import PrinterCallback, ProgressCallback, Trainer
 
-import run_clm
-import run_glue
-import run_image_classification
-import run_ner
-import run_translation
+from finetuning.command_line import cli, option_names
 from finetuning.results import LOWER_IS_BETTER
-from finetuning.run import cli, option_names
-from hf_rdrop.loss import check_alpha
+from hf_rdrop.alpha import check_alpha
 from reporting.folder import check_same_comparison, sole_user
-from sweeping.report import Sweep, Trial, terminal_table, write_report
-from sweeping.search import LOG_SCALE, run_trials
+from sweeping import LOG_SCALE
 
-SCRIPTS = {
-    "run_clm.py": run_clm,
-    "run_glue.py": run_glue,
-    "run_ner.py": run_ner,
-    "run_translation.py": run_translation,
-    "run_image_classification.py": run_image_classification,
-}
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+    from sweeping.report import Trial
+
+SCRIPTS = ("run_clm.py", "run_glue.py", "run_ner.py", "run_translation.py", "run_image_classification.py")
 # The paper's alphas lie between 0.1 (GLUE) and 5 (translation), the usual dropout rate is 0.1, and the learning rates
 # are those of fine-tuning (training from scratch wants higher ones).
 RANGES = {"rdrop_alpha": (0.1, 5.0), "rdrop_dropout": (0.05, 0.3), "learning_rate": (1e-5, 1e-4)}
@@ -152,12 +145,18 @@ def final_command(args: argparse.Namespace, parameters: dict[str, float]) -> str
     return shlex.join([*line, "--output_dir", str(args.output_dir / "best")])
 
 
-def search(trainer: Trainer, args: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any]:
+def search(trainer: "Trainer", args: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any]:
     """Run the sweep with the trainer that the script made; returns the best trial.
 
     Raises:
         ValueError: there is no such metric, the folder holds something else, or no trial was completed.
     """
+    # What takes long to import is not needed before.
+    from transformers import PrinterCallback, ProgressCallback
+
+    from sweeping.report import Sweep, terminal_table, write_report
+    from sweeping.search import run_trials
+
     folder, console = args.output_dir, Console()
     if trainer.args.world_size > 1:
         raise ValueError("sweep.py runs its trials in one process: start it with python, without a launcher.")
@@ -175,7 +174,7 @@ def search(trainer: Trainer, args: argparse.Namespace, settings: dict[str, Any])
     held_out = f"{len(trainer.eval_dataset)} {'held-out training' if share else 'validation'} rows"
     minimize = bool(LOWER_IS_BETTER.search(args.metric))
 
-    def report(trials: list[Trial]) -> Sweep:
+    def report(trials: "list[Trial]") -> Sweep:
         sweep = Sweep(args.script, args.metric, minimize, held_out, trials)
         command = final_command(args, sweep.ranked[0].parameters) if sweep.ranked else None
         write_report(sweep, folder, LOG_SCALE, command, settings=settings)
@@ -212,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if args.output_dir.exists() and any(args.output_dir.iterdir()):
         check_same_comparison(args.output_dir, settings)  # before the data are loaded
     with tempfile.TemporaryDirectory() as unused:  # trials leave nothing but their scores
-        return SCRIPTS[args.script].main(
+        return importlib.import_module(args.script.removesuffix(".py")).main(
             script_arguments(args, unused), use_trainer=lambda trainer: search(trainer, args, settings)
         )
 

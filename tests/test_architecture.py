@@ -14,7 +14,7 @@ from support import ROOT
 PACKAGE = ROOT / "hf_rdrop"
 # From the bottom up: a module or folder imports from those above its line in this list (lower levels) only.
 LEVELS = (
-    {"batch", "checkpoints", "files", "functional", "hub", "version"},
+    {"alpha", "batch", "checkpoints", "files", "functional", "hub", "version"},
     {"agreements", "contrastive", "dropout", "generators", "metrics", "sigterm"},
     {"loss", "objective"},
     {"consistency", "fused", "training_args", "trunk"},

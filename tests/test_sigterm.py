@@ -99,7 +99,7 @@ def test_processes_agree_on_the_step_they_stop_after(glue, tmp_path):
     wrapper.write_text(
         f"import sys, os; sys.path[:0] = {sys.path!r}\n"
         "import run_glue\n"
-        "from finetuning.run import cli\n"
+        "from finetuning.command_line import cli\n"
         "from support import faults\n"
         f"open({str(tmp_path)!r} + '/pid-' + os.environ['RANK'], 'w').write(str(os.getpid()))\n"
         "faults.plan('slow', 0)\ncli(run_glue.main)\n"

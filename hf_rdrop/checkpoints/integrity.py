@@ -140,9 +140,11 @@ def checkpoint_to_resume(resume: bool | str | None, folder: Path, option: str = 
         return None
     if resume is True:
         if (last := last_finished(folder)) is None:
+            newest = next(iter(list_checkpoints(folder)), None)
+            found = "" if newest is None else f" ({newest.name} is unfinished: {find_damage(newest)})"
             raise ValueError(
-                f"{option.format(True)}: {folder} holds no complete checkpoint. Start anew in another output folder, "
-                "or name the folder of a checkpoint."
+                f"{option.format(True)}: {folder} holds no complete checkpoint{found}. Start anew in another output "
+                "folder, or name the folder of a checkpoint."
             )
         resume = str(last)
     check_checkpoint(Path(resume), option)

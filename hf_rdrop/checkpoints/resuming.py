@@ -116,6 +116,13 @@ class ResumeMixin(_AnyTrainer):
         with saving(checkpoint, self.resume_option, writer=self.args.should_save):
             super()._save_checkpoint(model, trial, *args, **kwargs)
 
+    def _load_callback_state(self) -> None:
+        states: Any = self.state.stateful_callbacks
+        sums = states.pop(SUMS, None)  # no callback, of which the base class would warn that it is missing
+        super()._load_callback_state()
+        if sums is not None:
+            states[SUMS] = sums
+
     def restore_sums(self) -> dict[str, Any] | None:
         """Put Trainer's sums of losses back when training begins, and return those of the log that was kept.
 

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..alpha import check_alpha
 from ..functional import compute_dtype
-from ..loss import RDropLossOutput, check_alpha, check_class_indices
+from ..loss import RDropLossOutput, check_class_indices
 from .blocks import logits_to_gradient
 
 # A chunk of logits may take as much memory as the float32 gradient of the weight, which has to exist anyway: its

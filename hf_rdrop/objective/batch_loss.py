@@ -65,9 +65,12 @@ class Objective:
         self.with_hidden = any(term.name not in OUTPUT_AGREEMENTS for term in self.terms)
         self._checked = False  # whether the loss of the first compared batch was looked at
 
-    def plain(self, model: nn.Module, inputs: Mapping[str, Any], labels: Tensor | None) -> BatchLoss:
-        """Compute the loss of one pass, compared with nothing."""
-        found = self._ce(model, dict(inputs), labels, 1)
+    def plain(self, model: nn.Module, inputs: Any, labels: Tensor | None, return_outputs: bool = True) -> BatchLoss:
+        """Compute the loss of one pass, compared with nothing.
+
+        (A parent may run a second forward for outputs that are asked for.)
+        """
+        found = self._ce(model, inputs, labels, 1, return_outputs)
         return BatchLoss(found.ce, torch.zeros_like(found.ce), found.outputs)
 
     def compared(self, model: nn.Module, inputs: Mapping[str, Any], labels: Tensor | None, passes: int) -> BatchLoss:
@@ -91,10 +94,12 @@ class Objective:
         values = [term.factor * self._divergence(term, found, passes) for term in self.terms]
         return BatchLoss(ran.ce, torch.stack(values).sum(), first_rows(ran.outputs, passes * size, size))
 
-    def _ce(self, model: nn.Module, repeated: dict[str, Any], labels: Tensor | None, passes: int) -> ParentOutput:
+    def _ce(
+        self, model: nn.Module, repeated: Any, labels: Tensor | None, passes: int, return_outputs: bool = True
+    ) -> ParentOutput:
         if self.unlabeled and labels is not None and labels.is_floating_point():
             return self._ce_of_labelled_rows(model, repeated, labels, passes)
-        return self.parent_loss.of(model, repeated)
+        return self.parent_loss.of(model, repeated, return_outputs)
 
     def _ce_of_labelled_rows(
         self, model: nn.Module, repeated: dict[str, Any], labels: Tensor, passes: int

@@ -1,5 +1,6 @@
 """Call the loss of the Trainer class under R-Drop's, and check that R-Drop can be built on it."""
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..dropout import dropout_off
-from ..generators import generators_restored
+from ..generators import generators_restored, remember_generators
 from .heads import Head
 
 
@@ -34,20 +35,53 @@ class ParentLoss:
         compute_loss: the bound method.
         name: its qualified name; None for Trainer's own.
         reader: name of the user code that reads the model's outputs in training; None when nobody does.
+        count: counts the labelled items of a batch, for a loss that divides by the count itself.
     """
 
-    def __init__(self, compute_loss: Callable[..., Any], name: str | None, reader: str | None) -> None:
-        self.compute_loss, self.name, self.reader = compute_loss, name, reader
+    def __init__(
+        self,
+        compute_loss: Callable[..., Any],
+        name: str | None,
+        reader: str | None,
+        count: Callable[[Mapping[str, Any]], Tensor | None] | None = None,
+    ) -> None:
+        self.compute_loss, self.name, self.reader, self.count = compute_loss, name, reader, count
+        self._tried = self._divides = False  # whether it needs the count
 
-    def of(self, model: nn.Module, inputs: Mapping[str, Any]) -> ParentOutput:
-        """Compute the mean loss of a batch.
+    def of(self, model: nn.Module, inputs: Any, return_outputs: bool = True) -> ParentOutput:
+        """Compute the mean loss of a batch; without outputs (None) where nobody needs them.
 
         (`num_items_in_batch` is withheld: many heads ignore it and return their mean all the same, so the trainer asks
-        everybody for the mean and scales it once.)
+        everybody for the mean and scales it once. A loss that cannot do without it gets the count of this very batch,
+        for which its sum becomes the mean.)
         """
-        with _recorded_outputs(model if self.name else None) as recorded:
-            ce, outputs = self.compute_loss(model, inputs, return_outputs=True, num_items_in_batch=None)
+        with _recorded_outputs(model if self.name and return_outputs else None) as recorded:
+            found = self._call(model, inputs, return_outputs, recorded)
+        ce, outputs = found if return_outputs else (found, None)
         return ParentOutput(ce, outputs, recorded)
+
+    def _call(self, model: nn.Module, inputs: Any, return_outputs: bool, recorded: list[Any]) -> Any:
+        def call(items: Tensor | None) -> Any:
+            batch = dict(inputs) if isinstance(inputs, Mapping) else inputs  # a loss may take the labels out
+            return self.compute_loss(model, batch, return_outputs=return_outputs, num_items_in_batch=items)
+
+        if self.name is None or self.count is None or not isinstance(inputs, Mapping):
+            return call(None)
+        if not self._tried:
+            self._tried = True
+            restore = remember_generators(model)
+            try:
+                return call(None)
+            except TypeError as error:
+                if "NoneType" not in str(error) or self.count(inputs) is None:
+                    raise
+            self._divides = True
+            recorded.clear()
+            restore()  # as if it had been called once
+        if not self._divides:
+            return call(None)
+        items = self.count(inputs)
+        return call(None if items is None else items.clamp(min=1))
 
     def outputs_behind(self, found: ParentOutput) -> Any:
         """Find the outputs that the loss was computed from: those returned, else those of its only forward.
@@ -102,26 +136,40 @@ def check_repeated_loss(
     """Raise a ValueError for a loss of ``[x; x]`` that is not that of x with dropout off: sums, pairs of rows.
 
     So do inputs that are not one per row (`unlike_rows`, each with how it was repeated), where a model reads them
-    otherwise.
-
-    Three forwards without gradient, which draw no random number that counts. A loss that draws some itself, or needs
-    gradients inside, is let be.
+    otherwise. Compares the gradients with respect to the model's outputs too. The model itself runs without gradient:
+    two forwards (a third where the losses differ), which draw no random number that counts and leave its buffers as
+    they were. A loss that draws some itself, or needs gradients inside, is let be.
     """
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         with dropout_off(model), torch.no_grad(), generators_restored(model):
-            once, again = (parent.of(model, dict(inputs)).ce.float() for _ in range(2))
+            once, gradient = _loss_and_gradient(parent, model, inputs)
             try:
-                found = parent.of(model, dict(repeated)).ce.float()
+                found, of_repeated = _loss_and_gradient(parent, model, repeated)
             except Exception as error:
                 if unlike_rows:
                     raise unrepeatable(unlike_rows, f"{type(error).__name__}: {error}") from error
                 raise
+            again = once if _are_close(found, once, rtol) else _loss_and_gradient(parent, model, inputs)[0]
     except UnrepeatableInputs:
         raise
     except Exception:  # whatever a loss does here, training says it itself
         return
-    if not torch.isclose(once, again, rtol=rtol / 10) or torch.isclose(found, once, rtol=rtol, atol=1e-5):
+    finally:
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)  # running statistics
+    if not torch.isclose(once, again, rtol=rtol / 10):
         return
+    if _are_close(found, once, rtol):
+        if _are_repeated(gradient, of_repeated, 10 * rtol):
+            return
+        raise ValueError(
+            f"R-Drop repeats each batch, and the loss of {parent.name or type(model).__name__} has another gradient "
+            "for a repeated batch with dropout off, though its value is the same (it may sum over the rows or pair "
+            "them in a part that cancels out), so R-Drop would train something else. Use a loss that is a mean over "
+            "the rows, or set rdrop_alpha to 0."
+        )
     if unlike_rows:
         raise unrepeatable(unlike_rows, f"with dropout off its loss is {found:.4g} instead of {once:.4g}")
     kind = (
@@ -133,6 +181,58 @@ def check_repeated_loss(
         "a batch, or tell them from each other), so R-Drop would train something else. Use a loss that is a mean over "
         "the rows, or set rdrop_alpha to 0."
     )
+
+
+def _are_close(found: Tensor, once: Tensor, rtol: float) -> bool:
+    return bool(torch.isclose(found, once, rtol=rtol, atol=1e-5))
+
+
+def _loss_and_gradient(
+    parent: ParentLoss, model: nn.Module, inputs: Mapping[str, Any]
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Compute a loss and its gradients with respect to the outputs of the model, through which none goes on.
+
+    (So nothing is left in `.grad`, and no wrapper of the model waits for a backward pass.)
+    """
+    leaves: list[Tensor] = []
+
+    def as_leaf(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point() or not value.dim():
+            return value
+        leaves.append(value.detach().requires_grad_())
+        return leaves[-1]
+
+    def before(module: nn.Module, args: Any) -> None:
+        torch.set_grad_enabled(False)
+
+    def after(module: nn.Module, args: Any, output: Any) -> Any:
+        torch.set_grad_enabled(True)
+        if isinstance(output, Mapping):
+            new: Any = copy.copy(output)
+            for name, value in output.items():
+                new[name] = as_leaf(value)
+            return new
+        return tuple(map(as_leaf, output)) if type(output) is tuple else as_leaf(output)
+
+    with torch.no_grad(), ExitStack() as stack:  # which puts the mode back
+        stack.callback(model.register_forward_pre_hook(before).remove)
+        stack.callback(model.register_forward_hook(after).remove)
+        loss = parent.of(model, dict(inputs)).ce
+        if not loss.requires_grad:
+            return loss.float(), []
+        return loss.detach().float(), list(torch.autograd.grad(loss, leaves, allow_unused=True))
+
+
+def _are_repeated(once: list[Tensor | None], repeated: list[Tensor | None], rtol: float) -> bool:
+    """Tell whether the gradients of a repeated batch are those of the batch, divided among the passes."""
+    for one, many in zip(once, repeated, strict=False):
+        if one is None or many is None or len(many) % len(one):
+            continue
+        passes = len(many) // len(one)
+        difference = many.float() * passes - torch.cat([one.float()] * passes)
+        if difference.abs().max() > rtol * one.float().abs().max() + 1e-7:
+            return False
+    return True
 
 
 def check_gradient(loss: Tensor, logits: Tensor, name: str | None) -> None:

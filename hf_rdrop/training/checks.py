@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
+from ..alpha import check_alpha
 from ..dropout import describe_sources, inspect_dropout, is_stochastic
-from ..loss import check_alpha
 from ..objective.batch_layout import BatchLayout
 from ..objective.heads import ANSWER, SUPPORTED_HEADS
 from ..sub_models.places import embeds_with_noise
@@ -80,6 +80,22 @@ def check_processes(args: TrainingArguments) -> None:
         )
 
 
+def check_per_sample_gradients(model: nn.Module, optimizer: Any) -> None:
+    """Refuse gradients that are clipped row by row (differential privacy): a repeated row would count twice.
+
+    (Opacus' optimizer or its hooks on the model, and what works as they do.)
+    """
+    while optimizer is not None and not hasattr(optimizer, "noise_multiplier"):
+        optimizer = getattr(optimizer, "optimizer", None)  # Accelerate's and others' wrappers
+    hooked = any(hasattr(module, "autograd_grad_sample_hooks") for module in model.modules())
+    if optimizer is not None or hooked or any(hasattr(p, "grad_sample") for p in model.parameters()):
+        raise ValueError(
+            "R-Drop cannot be used with per-sample gradients (differential privacy, as Opacus'): it repeats each row, "
+            "so each would be clipped twice, and the noise would no longer fit the privacy that is reported. Train "
+            "without them, or set rdrop_alpha to 0."
+        )
+
+
 def check_head(model: nn.Module, label_names: Sequence[str]) -> None:
     """Refuse a model trained on other labels than those whose predictions can be compared.
 
@@ -133,6 +149,15 @@ def check_passes_differ(model: nn.Module, divergence: Tensor, items: Tensor | No
             f"({describe_sources(sources)}), whether it is its own or was set by rdrop_dropout. Leave rdrop_dropout "
             f"out. What this model has besides: {ways_to_differ(model, without='rdrop_dropout')}. Or set rdrop_alpha "
             "to 0."
+        )
+
+
+def check_batch_is_mapping(alpha: float, inputs: Any) -> None:
+    """Refuse a batch whose parts have no names."""
+    if alpha:
+        raise ValueError(
+            f"R-Drop needs batches that are mappings (input names to tensors) to know what to repeat; this one is a "
+            f"{type(inputs).__name__}. Have the collator return a dict, or set rdrop_alpha to 0."
         )
 
 

@@ -26,7 +26,7 @@ class ItemCounts:
 
     def labelled(self, inputs: Mapping[str, Any]) -> Tensor | None:
         """Count the items of a batch that have a label; None when it has no labels."""
-        labels = self.layout.labels(inputs)
+        labels = self.layout.labels(inputs) if isinstance(inputs, Mapping) else None
         if labels is None:
             return None
         if labels.is_floating_point() and self.unlabeled:

@@ -20,10 +20,12 @@ from ..trunk.check import check_shared_trunk
 from ..trunk.shared import SharedTrunk
 from .checks import (
     check_batch,
+    check_batch_is_mapping,
     check_head,
     check_loss_of_labelled_rows,
     check_parallelism,
     check_passes_differ,
+    check_per_sample_gradients,
     check_stochastic,
 )
 from .first_batch import check_labels_of_head, describe_cost, inputs_explained, show, takes_items
@@ -116,8 +118,8 @@ class TrainingRun:
 
     # ---- From the first step to the last ----
 
-    def check_setup(self, accelerator: Any) -> None:
-        """Check model, arguments and parallelism.
+    def check_setup(self, accelerator: Any, optimizer: Any = None) -> None:
+        """Check model, arguments, parallelism and optimizer (None before there is one).
 
         Raises:
             ValueError: when training with R-Drop would fail, be wrong or do nothing.
@@ -125,6 +127,8 @@ class TrainingRun:
         args, own = self.args, self.logits_for_agreement is not None
         check_removed(name for name in REMOVED if getattr(args, name, None))  # arguments that were unpickled
         check_parallelism(self.settings.alpha, args, accelerator)
+        if self.settings.alpha:
+            check_per_sample_gradients(self.model, optimizer)
         with self.sub_models() as sources:  # whether the model has a place for them
             differs = sources is not None and sources.differs
         if self.settings.alpha:
@@ -176,12 +180,15 @@ class TrainingRun:
             plan: of the optimizer step.
             return_outputs: whether the outputs are asked for, so that no fused head can take their place.
         """
+        if not isinstance(inputs, Mapping):
+            check_batch_is_mapping(self.settings.alpha, inputs)
+            return self.objective.plain(model, inputs, None, return_outputs)
         self.measure(model, inputs)
         labels = self.layout.labels(inputs)
         if self.settings.unlabeled and labels is not None and labels.is_floating_point():
             check_loss_of_labelled_rows(self.parent_loss.reader)
         if not self.settings.alpha:
-            return self.objective.plain(model, inputs, labels)
+            return self.objective.plain(model, inputs, labels, return_outputs)
         own = self.logits_for_agreement is not None
         check_batch(self.layout, inputs, labels, own_logits=own, label_smoothing=self.label_smoothing)
         if not self._tried_out:
@@ -213,7 +220,7 @@ class TrainingRun:
             )
             return BatchLoss(ce, kl, None, loss)
         if not plan.compares:
-            return self.objective.plain(model, inputs, labels)
+            return self.objective.plain(model, inputs, labels, return_outputs)
         return self.objective.compared(model, inputs, labels, plan.passes)
 
     def stop(self) -> None:

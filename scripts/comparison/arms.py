@@ -9,10 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from comparison.figures import RDROP
-from comparison.statistics import BASELINE
-from finetuning.run import closest, option_name, option_names
-from hf_rdrop.loss import check_alpha
+from comparison.names import BASELINE, RDROP
+from finetuning.command_line import closest, option_name, option_names
+from hf_rdrop.alpha import check_alpha
 
 SCRIPTS = ("run_clm.py", "run_glue.py", "run_ner.py", "run_translation.py", "run_image_classification.py")
 SET_BY_COMPARE = ("seed", "output_dir", "rdrop_alpha", "validation_from_train")

@@ -11,9 +11,9 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from comparison.card_words import in_words
-from comparison.figures import CONTROLS, RDROP, Report, points, trial_scores
+from comparison.figures import Report, points, trial_scores
+from comparison.names import BASELINE, CONTROLS, RDROP
 from comparison.report import as_json, choice_table
-from comparison.statistics import BASELINE
 from comparison.tables import (
     control_table,
     cost_table,
@@ -21,7 +21,7 @@ from comparison.tables import (
     seed_table,
     short_name,
 )
-from finetuning.run import option_name
+from finetuning.command_line import option_name
 from hf_rdrop import RDropArguments, __version__
 from hf_rdrop.cards.evidence import comparison_part
 from hf_rdrop.cards.facts import HeadFacts

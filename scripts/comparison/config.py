@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from comparison.arms import BUILT_IN, SCRIPTS, Arm, Task, check_task, make_arms, split_line
 from comparison.demo import demo_tasks
-from comparison.queue import visible_gpus
-from finetuning.run import closest
+from comparison.devices import accelerator, visible_gpus
+from finetuning.command_line import closest
 
 # What a YAML file may say, and of what type.
 TEXT, LIST, MAPPING = ("text", str), ("a list", list), ("a mapping", dict)
@@ -62,6 +61,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--demo", action="store_true", help="compare on the embedded demo data (4 minutes on 2 cores)")
+    add("--quick", action="store_true", help="with --demo: one task, one seed (under a minute)")
     add("--config", type=Path, help="YAML file with tasks, arms, seeds and tuning (see scripts/README.md)")
     add("--tasks", nargs="+", metavar="TASK", help="only these tasks of --config")
     add("--script", choices=SCRIPTS, help="training script of a single task")
@@ -94,6 +94,8 @@ def parse(argv: Sequence[str] | None, description: str | None = None) -> Compari
     args = make_parser(description).parse_args(argv)
     if (args.demo, bool(args.config), bool(args.script)).count(True) != 1:
         raise ValueError("give either --demo, or --config, or --script and --metric with arguments after --.")
+    if args.quick and not args.demo:
+        raise ValueError("--quick makes the demo short: give --demo too.")
     if args.script and not (args.metric and args.output_dir and args.arguments):
         raise ValueError("--script also needs --metric, --output_dir and, after --, the script's arguments.")
     if args.config and not args.output_dir:
@@ -117,6 +119,7 @@ def parse(argv: Sequence[str] | None, description: str | None = None) -> Compari
         tasks = [_task(name, config["tasks"][name], config) for name in args.tasks or config["tasks"]]
     elif args.demo:
         tasks = demo_tasks(folder, (args.rdrop_alpha or [None])[0])
+        tasks = tasks[:1] if args.quick else tasks
     else:
         tune = _tune_values(args.tune or [])
         alphas = args.rdrop_alpha or [1.0]
@@ -126,26 +129,28 @@ def parse(argv: Sequence[str] | None, description: str | None = None) -> Compari
 
     own, more = config.get("own_arms") or {}, dict(_own_arm(given) for given in args.own_arm)
     names = args.arms or [*(config.get("arms") or ["baseline", "rdrop"]), *own]
-    seeds = args.seeds or config.get("seeds") or [0, 1, 2]
+    seeds = args.seeds or config.get("seeds") or ([0] if args.quick else [0, 1, 2])
     tuning_seeds = (
         args.tuning_seeds
         or config.get("tuning_seeds")
         or [next(seed for seed in itertools.count(1000) if seed not in seeds)]
     )
     trials = args.trials if args.trials is not None else config.get("trials", 8)
-    jobs = args.jobs if args.jobs is not None else _default_jobs(tasks)
     for numbers, flag in ((seeds, "seeds"), (tuning_seeds, "tuning_seeds")):
         if not all(isinstance(n, int) and n >= 0 for n in numbers) or len(set(numbers)) < len(numbers):
             raise ValueError(f"--{flag} must all be different whole numbers of at least 0; got {numbers}.")
     if set(seeds) & set(tuning_seeds):
         raise ValueError("--tuning_seeds must not be among --seeds: what is chosen on a seed looks better on it.")
-    if jobs < 1 or trials < 1:
+    if (args.jobs is not None and args.jobs < 1) or trials < 1:
         raise ValueError("--jobs and --trials must be at least 1.")
     if not 0 < args.tuning_share < 1:
         raise ValueError(f"--tuning_share is a share of the training rows between 0 and 1; got {args.tuning_share}.")
+    tasks = [check_task(task) for task in tasks]
+    arms = make_arms([*names, *more], own | more, args.tuned_arms or config.get("tuned_arms") or ())
+    jobs = args.jobs if args.jobs is not None else _default_jobs(tasks)  # last: it may have to ask torch
     return Comparison(
-        tasks=[check_task(task) for task in tasks],
-        arms=make_arms([*names, *more], own | more, args.tuned_arms or config.get("tuned_arms") or ()),
+        tasks=tasks,
+        arms=arms,
         seeds=seeds,
         tuning_seeds=tuning_seeds,
         trials=trials,
@@ -162,8 +167,7 @@ def parse(argv: Sequence[str] | None, description: str | None = None) -> Compari
 
 def _default_jobs(tasks: Sequence[Task]) -> int:
     """Return one run for each GPU, or for each core where only these are used."""
-    accelerator = torch.cuda.is_available() or torch.backends.mps.is_available()
-    if accelerator and not all("--use_cpu" in task.arguments for task in tasks):
+    if not all("--use_cpu" in task.arguments for task in tasks) and accelerator():
         return max(1, len(visible_gpus()))
     return os.cpu_count() or 1
 

@@ -8,9 +8,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from comparison.figures import GREY, RDROP, direction, points, trial_scores
+from comparison.figures import direction, points, trial_scores
 from comparison.history import as_lines
-from comparison.statistics import BASELINE
+from comparison.names import BASELINE, GREY, RDROP
 from comparison.tables import scored_name
 from reporting.markdown import plain
 from reporting.style import DPI, fullest, panels, save, styles, tidy

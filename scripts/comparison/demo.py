@@ -1,16 +1,13 @@
 """Demo of compare.py: made-up corpora and real digits, tiny models from scratch, and how long they are trained."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers.utils import logging
-
 from comparison.arms import Task
+from comparison.warm import WarmProcess
 from demo.corpora import SIZES as CORPORA
 from demo.corpora import write_demo_data
-from finetuning.run import parse_arguments
-from from_scratch.arguments import InitModelArguments
-from from_scratch.model import init_model
 
 # Model and training of each demo task: sizes for init_model.py, then the script's own arguments. They were chosen by
 # looking at plain training: long enough that it overfits and its score has stopped rising. (Translation had 20 epochs
@@ -64,14 +61,36 @@ def demo_tasks(folder: Path, alpha: float | None) -> list[Task]:
     ]
 
 
-def write_demo_inputs(folder: Path, seeds: Sequence[int]) -> None:
+def make_demo_inputs(folder: Path, tasks: Sequence[Task], seeds: Sequence[int], warm: WarmProcess | None) -> None:
+    """Do `write_demo_inputs` in a fork of the warm process where there is one, so that this one imports no torch."""
+    names = [task.name for task in tasks]
+    if warm is not None:
+        warm.load(["from_scratch.model"])
+        log = folder / "inputs.txt"
+        started = warm.start([__file__, folder, ",".join(names), *map(str, seeds)], log)
+        if started is not None and started.wait() == 0:
+            return
+    write_demo_inputs(folder, names, seeds)
+
+
+def write_demo_inputs(folder: Path, names: Sequence[str], seeds: Sequence[int]) -> None:
     """Write the demo's corpora, and random weights and a tokenizer by task and seed; the same bytes every time."""
+    from transformers.utils import logging
+
+    from finetuning.run import parse_arguments
+    from from_scratch.arguments import InitModelArguments
+    from from_scratch.model import init_model
+
     logging.disable_progress_bar()
     data = write_demo_data(folder / "data", seed=0)
-    for name, model in MODELS.items():
+    for name in names:
         for seed in seeds:
             output = folder / "models" / f"{name}-{seed}"
             if not output.exists():
                 text = ["--train_files", str(data[name]["train"])] if name in data else []
-                line = [*text, "--output_dir", str(output), "--seed", str(seed), *SIZES, *model]
+                line = [*text, "--output_dir", str(output), "--seed", str(seed), *SIZES, *MODELS[name]]
                 init_model(*parse_arguments([InitModelArguments], line, None))
+
+
+if __name__ == "__main__":  # in a fork of the warm process: with the folder, the tasks and the seeds
+    write_demo_inputs(Path(sys.argv[1]), sys.argv[2].split(","), [int(seed) for seed in sys.argv[3:]])

@@ -7,13 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from comparison.cost import Cost, cost_ratios, gain_per_cost, mean_cost, share_kept
-from comparison.statistics import BASELINE, Difference, difference, holm, spread_ratio, with_holm
+from comparison.names import BASELINE, CONTROLS, RDROP
+from comparison.statistics import Difference, difference, holm, spread_ratio, with_holm
 from finetuning.results import LOWER_IS_BETTER
 
-RDROP = "rdrop"
-# What R-Drop has to beat besides the baseline: as many forward passes, and as many rows in a step.
-CONTROLS = ("baseline-2x", "doubled")
-GREY = (BASELINE, *CONTROLS)  # in pictures
 AVERAGE = "average"
 # Scores that are in points, or in a unit of their own (nats, perplexity), as they are; the rest are shares.
 NOT_SHARES = ("bleu", "chrf", "score", "rouge1", "rouge2", "rougeL", "rougeLsum", "loss", "nll", "mse", "perplexity")

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from comparison.curves import Choices, plot_alphas, plot_curves
-from comparison.figures import AVERAGE, GREY, Report
-from comparison.statistics import BASELINE
+from comparison.figures import AVERAGE, Report
+from comparison.names import BASELINE, GREY
 from comparison.tables import short_name
 from reporting.style import fullest, panels, place_labels, save, styles, tidy
 

@@ -16,14 +16,16 @@ from threading import Event
 from typing import Any
 
 import psutil
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from comparison.devices import visible_gpus
+from comparison.warm import ForkedRun, WarmProcess, modules_of
+from finetuning.command_line import STATUS
 from finetuning.results import LAST_RESULT_FILE, read_json, write_json
-from hf_rdrop.sigterm import STATUS
 
 SCRIPTS = Path(__file__).resolve().parents[1]
+Started = subprocess.Popen | ForkedRun
 RUN_FILE = "run.json"  # beside a run's output folder: what was started there
 
 
@@ -48,6 +50,11 @@ class Run:
     @property
     def output(self) -> Path:
         return self.folder / "output"
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether the script is one of this folder."""
+        return (SCRIPTS / self.script).resolve().parent == Path(__file__).resolve().parents[1]
 
     @property
     def command(self) -> list[str]:
@@ -89,6 +96,7 @@ def run_all(
     describe: Callable[[Run], str],
     console: Console | None = None,
     keep_models: bool = False,
+    warm: WarmProcess | None = None,
 ) -> dict[Run, str]:
     """Run what has not finished yet; returns the reason of each run that failed.
 
@@ -100,11 +108,14 @@ def run_all(
         describe: a line about a finished run.
         console: where to show progress.
         keep_models: whether to keep the trained weights of finished runs.
+        warm: process to start our own scripts from, made with `environment`; without it each is started afresh.
     """
     failed: dict[Run, str] = {}
-    processes: set[subprocess.Popen] = set()
+    processes: set[Started] = set()
     ending = Event()
     waiting = [run for run in runs if not run.results()]
+    if warm is not None:
+        warm.load(sorted({name for run in waiting if run.is_ours for name in modules_of(run.script, run.command)}))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console) as progress:
         bar = progress.add_task("Training", total=len(runs), completed=len(runs) - len(waiting))
@@ -114,7 +125,7 @@ def run_all(
                 slots.put(slot)
             previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(STATUS))  # so that the children are ended too
             try:
-                futures = {pool.submit(_run, run, jobs, slots, processes, ending): run for run in waiting}
+                futures = {pool.submit(_run, run, jobs, slots, processes, ending, warm): run for run in waiting}
                 for future in _as_completed(futures):
                     run = futures[future]
                     if (reason := future.result()) is not None:
@@ -143,43 +154,49 @@ def _as_completed(futures: Iterable[Future[Any]]) -> Iterator[Future[Any]]:
         yield from done
 
 
-def visible_gpus() -> list[str]:
-    """The CUDA devices that runs may use, as CUDA_VISIBLE_DEVICES names them."""
-    if not torch.cuda.is_available():
-        return []
-    given = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    return given or [str(index) for index in range(torch.cuda.device_count())]
+def environment(jobs: int) -> dict[str, str]:
+    """The variables of a run's process, when `jobs` of them share the cores."""
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    env = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    return env | {"PYTHONUNBUFFERED": "1"}  # the log shows how far the run is
 
 
-def _end(process: subprocess.Popen) -> None:
+def _end(process: Started) -> None:
     with suppress(ProcessLookupError):  # it has just ended
         os.killpg(process.pid, signal.SIGTERM)
 
 
 def _run(
-    run: Run, jobs: int, slots: "SimpleQueue[int]", processes: set[subprocess.Popen], ending: Event
+    run: Run,
+    jobs: int,
+    slots: "SimpleQueue[int]",
+    processes: set[Started],
+    ending: Event,
+    warm: WarmProcess | None,
 ) -> str | None:
     """Run one process to its end; returns None, or why it failed."""
     _end_orphan(run)
     if run.output.exists():
         shutil.rmtree(run.output)  # what a killed run of ours has left
     run.folder.mkdir(parents=True, exist_ok=True)
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    env = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-    env["PYTHONUNBUFFERED"] = "1"  # the log shows how far the run is
-    slot, gpus = slots.get(), visible_gpus()
+    env, slot, gpus = environment(jobs), slots.get(), visible_gpus()
     if len(gpus) > 1:
         env["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
     log = run.folder / "log.txt"
     started = time.monotonic()
-    with log.open("w", encoding="utf-8") as stream:
-        process = subprocess.Popen(run.command, stdout=stream, stderr=stream, env=env, start_new_session=True)
-        processes.add(process)
-        if ending.is_set():  # since this run was taken from the queue
-            _end(process)
-        write_json(run.folder / RUN_FILE, {"command": run.command[1:], "pid": process.pid})
-        status = process.wait()
-        processes.discard(process)
+    process = warm.start(run.command[1:], log) if warm is not None and run.is_ours else None
+    if process is None:
+        with log.open("w", encoding="utf-8") as stream:
+            process = subprocess.Popen(run.command, stdout=stream, stderr=stream, env=env, start_new_session=True)
+    processes.add(process)
+    if ending.is_set():  # since this run was taken from the queue
+        _end(process)
+    record = {"command": run.command[1:], "pid": process.pid}
+    with suppress(psutil.NoSuchProcess):  # it has just ended
+        record["created"] = psutil.Process(process.pid).create_time()
+    write_json(run.folder / RUN_FILE, record)
+    status = process.wait()
+    processes.discard(process)
     slots.put(slot)
     if status == 0 and run.results():
         write_json(run.folder / RUN_FILE, {"command": run.command[1:], "seconds": time.monotonic() - started})
@@ -193,7 +210,8 @@ def _end_orphan(run: Run) -> None:
     started = read_json(run.folder / RUN_FILE)
     try:
         orphan = psutil.Process(started["pid"])
-        if orphan.cmdline()[1:] == started["command"]:
+        # A fork has the command line of the warm process, so the time of its start tells it.
+        if started.get("created") == orphan.create_time() or orphan.cmdline()[1:] == started["command"]:
             orphan.kill()
             orphan.wait(60)
     except (KeyError, psutil.NoSuchProcess, psutil.AccessDenied):

@@ -8,15 +8,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from comparison.arms import Arm
 from comparison.config import Comparison
+from comparison.devices import accelerator, cuda_name
 from comparison.figures import make_report
 from comparison.file import not_one, read_comparison, write_comparison
 from comparison.history import as_columns, as_lines
-from comparison.plots import plot_all
 from comparison.queue import RUN_FILE, Run
 from comparison.report import as_json, markdown, terminal_table
 from finetuning.results import LAST_RESULT_FILE, write_file, write_json
@@ -97,25 +96,21 @@ def _key(run: Run) -> tuple[Any, ...]:
 
 
 def _record(run: Run) -> dict[str, Any]:
+    on_gpu = "--use_cpu" not in run.arguments and accelerator() == "cuda"
     return {
         "task": run.task,
         "arm": run.arm,
         "seed": run.seed,
         "arguments": list(run.arguments),
-        "metrics": run.results() | {"device": "cpu" if "--use_cpu" in run.arguments else _device()},
+        "metrics": run.results() | {"device": "cuda" if on_gpu else "cpu"},
         "history": as_columns(run.history()),
     }
 
 
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def setup() -> dict[str, Any]:
     """Versions and hardware; nothing that names the machine or its user."""
-    cuda = torch.cuda.is_available()
     return {
-        "device": torch.cuda.get_device_name() if cuda else f"{os.cpu_count()} CPU cores",
+        "device": cuda_name() or f"{os.cpu_count()} CPU cores",
         "python": platform.python_version(),
         **{name: version(name) for name in PACKAGES},
     }
@@ -151,6 +146,8 @@ def write_results(
     report = make_report(records, metrics, [arm.name for arm in comparison.arms])
     figures, written = as_json(report), ["comparison.json"]
     if records:
+        from comparison.plots import plot_all  # matplotlib takes long, and a dry run needs none of it
+
         plots = plot_all(report, records, metrics, choices, folder)
         write_file(folder / "comparison.md", markdown(report, about, choices, reasons, plots))
         written += ["comparison.md", *(path.name for path in plots)]

@@ -5,9 +5,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
 import numpy as np
-from scipy import stats
 
-BASELINE = "baseline"
 SIGNIFICANT = 0.05
 CONFIDENCE = 0.95
 MIN_SEEDS = 3  # for an interval or a test of spreads; two values say nothing about how far a third would be off
@@ -89,6 +87,8 @@ def bootstrap_interval(values: Sequence[float] | np.ndarray, scale: float = 1.0)
     if len(values) < MIN_SEEDS or _all_equal(values, scale):
         return None
     # random_state and not rng: the oldest supported scipy knows only that.
+    from scipy import stats  # takes long, and a command line that is refused needs none of it
+
     result = stats.bootstrap(
         (np.asarray(values),),
         np.mean,
@@ -108,6 +108,8 @@ def paired_p_value(arm: Sequence[float], other: Sequence[float]) -> float | None
     """
     if len(arm) < 2 or _all_equal(np.subtract(arm, other), max(map(abs, (*arm, *other)))):
         return None
+    from scipy import stats
+
     return float(stats.ttest_rel(arm, other).pvalue)
 
 
@@ -116,6 +118,8 @@ def probability_of_improvement(arm: Sequence[float], other: Sequence[float]) -> 
 
     The Mann-Whitney U statistic over the number of pairs (Agarwal et al. 2021, arXiv 2108.13264); 0.5 is a tie.
     """
+    from scipy import stats
+
     return float(stats.mannwhitneyu(arm, other).statistic / (len(arm) * len(other)))
 
 
@@ -160,6 +164,8 @@ def spread_ratio(arm: Mapping[int, float], other: Mapping[int, float]) -> tuple[
     scale = float(np.abs(total).max())
     if _all_equal(total, scale) or _all_equal(change, scale):
         return ratio, None
+    from scipy import stats
+
     return ratio, float(stats.pearsonr(total, change).pvalue)
 
 

@@ -3,8 +3,9 @@
 import statistics
 from collections.abc import Iterable
 
-from comparison.figures import AVERAGE, CONTROLS, Report, Row, direction
-from comparison.statistics import BASELINE, SIGNIFICANT, Difference
+from comparison.figures import AVERAGE, Report, Row, direction
+from comparison.names import BASELINE, CONTROLS
+from comparison.statistics import SIGNIFICANT, Difference
 from reporting.markdown import NOTHING, number_cell, table_lines
 
 # ---- Cells ----

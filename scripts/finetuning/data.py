@@ -7,8 +7,8 @@ from typing import Any
 import datasets
 from datasets import Dataset
 
+from finetuning.command_line import closest
 from finetuning.files import FORMATS, read_table
-from finetuning.run import closest
 from finetuning.unfit import check_fit
 
 FILE_ARGUMENTS = {"train": "train_file", "validation": "validation_file", "test": "test_file"}

@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 from transformers import PreTrainedConfig
 
-from finetuning.run import closest
+from finetuning.command_line import closest
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 PROBLEM_TYPES = (SINGLE, MULTI, REGRESSION)

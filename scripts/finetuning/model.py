@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from finetuning.run import closest
+from finetuning.command_line import closest
 
 logger = logging.getLogger(f"hf_rdrop.scripts.{__name__}")
 

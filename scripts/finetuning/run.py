@@ -1,23 +1,17 @@
-"""Start a script: its command line, its errors, its log, its output folder and the checkpoint to go on from."""
+"""Start a script: its arguments, its log, its output folder and the checkpoint to go on from."""
 
-import difflib
 import json
 import logging
-import os
-import signal
 import sys
-import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
-import torch
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
+from finetuning.command_line import closest, option_name
 from finetuning.renamed import check_renamed
 from hf_rdrop.checkpoints import checkpoint_to_resume, last_finished
-from hf_rdrop.sigterm import STATUS
 from hf_rdrop.training_args import check_removed
 
 RESUME_OPTION = "--resume_from_checkpoint {}"
@@ -53,30 +47,6 @@ def parse_arguments(classes: Sequence[type], argv: list[str] | None, description
     return parsed
 
 
-def option_name(argument: str) -> str:
-    """Return the name in `--name` or `--name=value`, with _ in place of -; empty for what is no option."""
-    return argument.partition("=")[0][2:].replace("-", "_") if argument.startswith("--") else ""
-
-
-def option_names(arguments: Sequence[str]) -> set[str]:
-    """Return the names of the options among the arguments."""
-    return {option_name(argument) for argument in arguments} - {""}
-
-
-def without_folders(argument: str) -> str:
-    """Show an argument to others: what lies on this machine by its last name only."""
-    name, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
-    return f"{name}{equals}{Path(value).name if value and Path(value).exists() else value}"
-
-
-def closest(name: str, known: Iterable[str]) -> str:
-    """` (did you mean 'x'?)`, or nothing when no known name is near."""
-    if len(str(name)) > 100:  # no name, and comparing it would take long
-        return ""
-    near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
-    return f" (did you mean {near[0]!r}?)" if near else ""
-
-
 def _json_arguments(parser: HfArgumentParser, file: Path) -> list[str]:
     """Turn an argument file into a command line, so that both are checked in the same way."""
     try:
@@ -103,22 +73,6 @@ def _json_arguments(parser: HfArgumentParser, file: Path) -> list[str]:
     return argv
 
 
-def cli(main: Callable[[], Any]) -> None:
-    """Run a script: an error of the user's ends it with one message and status 2, without a traceback."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(STATUS))  # not at once: temporary folders and locks go first
-    try:
-        main()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            # Left to the end of the interpreter, its threads may abort a process that has finished its work.
-            torch.distributed.destroy_process_group()
-    except (ValueError, OSError) as error:
-        if os.environ.get("HF_RDROP_DEBUG", "0") not in ("", "0"):
-            traceback.print_exc()
-        rank = os.environ.get("RANK", "0")
-        print(f"error{'' if rank == '0' else f' (rank {rank})'}: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
 # ---- Before training: nothing here changes anything on disk ----
 
 
@@ -134,6 +88,8 @@ def start_run(args: TrainingArguments) -> str | None:
     # The package's loggers and those of the scripts: all are named hf_rdrop.*.
     logging.getLogger("hf_rdrop").setLevel(logging.INFO if args.should_log else logging.ERROR)
     if args.disable_tqdm or not args.should_log:
+        import datasets  # takes long, and a refused command line needs none of it
+
         datasets.disable_progress_bars()
     if args.enable_jit_checkpoint:
         raise ValueError(

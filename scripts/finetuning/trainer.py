@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainingArguments
 
+from finetuning.command_line import closest
 from finetuning.results import LAST_RESULT_FILE, read_json, remove_results, write_file, write_json
-from finetuning.run import RESUME_OPTION, closest
+from finetuning.run import RESUME_OPTION
 from hf_rdrop import measure_consistency
 from hf_rdrop.cards.card import check_evidence
 from hf_rdrop.checkpoints.integrity import CheckpointError, how_to_go_on, why_not_written

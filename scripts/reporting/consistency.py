@@ -8,7 +8,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from finetuning.run import closest
+from finetuning.command_line import closest
 from reporting.markdown import table_lines
 from reporting.style import Style, panels, save, styles, tidy
 

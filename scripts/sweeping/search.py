@@ -14,9 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
+from sweeping import LOG_SCALE
 from sweeping.report import Trial, read_trials, round_parameters
 
-LOG_SCALE = ("rdrop_alpha", "learning_rate")  # drawn, and drawn as axes, logarithmically
 STARTUP_TRIALS = 5  # complete before the first one is pruned: the median of fewer says little
 
 Ranges = Mapping[str, Sequence[float]]

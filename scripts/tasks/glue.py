@@ -10,12 +10,12 @@ import numpy as np
 from datasets import Dataset
 
 from finetuning.columns import find_text_columns
+from finetuning.command_line import closest
 from finetuning.data import DataArguments, check_text, load_splits, require_columns, splits_to_load
 from finetuning.label_kinds import are_flags, infer_labels
 from finetuning.labels import MULTI, REGRESSION, SINGLE, Labels, feature_names, follow_model, labels_of_model
 from finetuning.model import ModelArguments
 from finetuning.reading import CLASS, DROP, drop_missing_labels, join_label_columns, kept_reading, recall_reading
-from finetuning.run import closest
 from hf_rdrop.metrics import Glue, SequenceClassification
 from tasks.glue_files import find_file, read_glue
 

@@ -16,6 +16,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from finetuning.model import ModelArguments, load_part
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's names, by the number of channels
+KEPT_BYTES = 2**28  # of prepared images in memory; what is beyond is prepared again each time
 DEEP = ("I", "F")  # 16 bits a channel and more: Pillow would cut these down to white
 
 
@@ -39,6 +40,9 @@ def load_image_processor(model_args: ImageModelArguments) -> Any:
 class PreparedImages(torch.utils.data.Dataset):
     """Rows with `pixel_values` `[C, H, W]` and, where there are targets, `labels`.
 
+    Preparation is the same every time, so what fits into `KEPT_BYTES` is prepared once: not in the worker processes of
+    a data loader, where it would be kept several times over.
+
     Args:
         dataset: with the images.
         column: of the images.
@@ -57,12 +61,15 @@ class PreparedImages(torch.utils.data.Dataset):
             )
         self.images = dataset.select_columns([column])
         self.column, self.targets, self.processor, self.mode = column, targets, processor, MODES[channels]
+        self._kept: dict[int, Tensor] = {}
+        self._kept_bytes = 0
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = {"pixel_values": self.prepare(self.open(index))}
+        pixels = self._kept.get(index)
+        row = {"pixel_values": self.keep(index, self.prepare(self.open(index))) if pixels is None else pixels}
         return row if self.targets is None else {**row, "labels": self.targets[index]}
 
     def open(self, index: int) -> Image.Image:
@@ -77,6 +84,17 @@ class PreparedImages(torch.utils.data.Dataset):
     def prepare(self, image: Image.Image) -> Tensor:
         """Return what the model takes, `[C, H, W]`."""
         return self.processor(image, return_tensors="pt")["pixel_values"][0]
+
+    def keep(self, index: int, pixels: Tensor) -> Tensor:
+        """Return the prepared image, kept if there is room."""
+        room = self._kept_bytes + pixels.nbytes <= KEPT_BYTES
+        if index not in self._kept and room and torch.utils.data.get_worker_info() is None:
+            self._kept[index] = pixels
+            self._kept_bytes += pixels.nbytes
+        return pixels
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_kept": {}, "_kept_bytes": 0}  # it goes to a worker
 
 
 class _Trial(torch.utils.data.Dataset):
@@ -95,7 +113,7 @@ class _Trial(torch.utils.data.Dataset):
             advice = "Replace it by one of 8 bits a channel that can be opened, or remove it."
             return (), f"cannot be used: {_text(error)}. {advice}"
         try:
-            return tuple(self.images.prepare(image).shape), ""
+            return tuple(self.images.keep(index, self.images.prepare(image)).shape), ""
         except Exception as error:
             advice = "Correct its preprocessor_config.json, or give another --image_processor_name."
             return (), f"cannot be prepared by the model's image processor: {_text(error)}. {advice}"

@@ -9,12 +9,13 @@ import time
 
 import pytest
 import torch
+import transformers
 
 from hf_rdrop import RDropSeq2SeqTrainer, RDropTrainer
 from support import ROOT, faults, settings
 from support.faults import finish, plain_run, script_run, start
 from support.killed_runs import SCHEDULE, assert_same_results, assert_same_run, glue_like, ragged_rows
-from support.training import step_logs
+from support.training import make_model, step_logs, train
 
 CONFIGS = {
     "plain": {},
@@ -164,3 +165,22 @@ def test_the_faults_are_real(tmp_path):
     """A run with none planned ends well: what the others see is the fault's doing."""
     assert finish(plain_run, tmp_path / "log", tmp_path / "out", ragged_rows(), max_steps=1) == 0
     assert faults.finish(faults.kill, tmp_path / "log") == -signal.SIGKILL
+
+
+def test_resuming_with_true_names_the_only_checkpoint_when_it_is_unfinished(tmp_path):
+    args = {"output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 2}
+    trainer = train(make_model("single"), **args)
+    (tmp_path / "checkpoint-2" / "trainer_state.json").unlink()
+    with pytest.raises(ValueError, match=r"checkpoint-2 is unfinished: .* Start anew in another output folder"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_restoring_callbacks_warns_of_none_that_is_not_one(tmp_path, monkeypatch):
+    args = {"output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 1}
+    trainer = train(make_model("single"), **args)
+    trainer.args.restore_callback_states_from_checkpoint = True
+    warnings = []
+    monkeypatch.setattr(transformers.trainer.logger, "warning", lambda message, *args: warnings.append(str(message)))
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert not any("RDropLossLog" in message for message in warnings)
+    assert "RDropLossLog" in trainer.state.stateful_callbacks  # the sums themselves are kept

@@ -26,7 +26,8 @@ from transformers import AutoConfig, AutoTokenizer
 import run_glue
 import run_ner
 import run_translation
-from finetuning.run import cli, parse_arguments
+from finetuning.command_line import cli
+from finetuning.run import parse_arguments
 from support import corrupt_data
 from support import script_data as made
 from support.fuzzing import FACTOR

@@ -374,3 +374,119 @@ def test_a_module_of_ones_own_whose_loss_is_no_mean(reduction):
     refuse(Clusters(reduction), "the loss of Clusters is not the same for a repeated batch", rows=rows)
     train(Clusters(reduction), rows=rows, rdrop_alpha=0.0)
     run(Clusters("mean"), rows=rows)
+
+
+# ---- what the repeated batch, the item count and the outputs mean to a parent ----
+
+
+def parent(loss, calls=None):
+    """Make a Trainer, and the same with R-Drop, of a loss of logits, labels and the step's count."""
+
+    class Own(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            labels = inputs.pop("labels")
+            outputs = model(**inputs)
+            if calls is not None:
+                calls.append(return_outputs)
+            value = loss(outputs.logits, labels, num_items_in_batch)
+            return (value, outputs) if return_outputs else value
+
+    class RDropOwn(RDropMixin, Own):
+        pass
+
+    return Own, RDropOwn
+
+
+def mean_with_gradient_of_a_sum(logits, labels, count):
+    total = F.cross_entropy(logits, labels, reduction="sum")
+    return F.cross_entropy(logits, labels) + total - total.detach()
+
+
+def mean_with_gradient_of_pairs(logits, labels, count):
+    chosen, rejected = logits[:, 0].chunk(2)
+    pairs = -F.logsigmoid(chosen - rejected).mean()
+    return F.cross_entropy(logits, labels) + pairs - pairs.detach()
+
+
+@pytest.mark.parametrize("loss", [mean_with_gradient_of_a_sum, mean_with_gradient_of_pairs])
+def test_a_loss_whose_gradient_alone_is_another_for_a_repeated_batch_is_refused(loss):
+    model = make_model("single", 0.3)
+    refuse(model, "has another gradient", trainer_class=parent(loss)[1])
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def divided_by_the_count(logits, labels, count):
+    return F.cross_entropy(logits, labels, reduction="sum") / count
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_loss_that_divides_by_the_items_of_the_step_is_as_with_trainer(accumulation):
+    mixed = parent(divided_by_the_count)[1]
+    args = {"max_steps": 2, "gradient_accumulation_steps": accumulation}
+    plain = train(make_model("single", 0.3), trainer_class=RDropTrainer, rdrop_alpha=0.0, **args)
+    found = train(make_model("single", 0.3), trainer_class=mixed, rdrop_alpha=0.0, **args)
+    for one, other in zip(step_logs(found), step_logs(plain), strict=True):
+        assert (one["loss"], one["grad_norm"]) == pytest.approx((other["loss"], other["grad_norm"]), rel=1e-5)
+    repeated = step_logs(train(make_model("single", 0.3), trainer_class=mixed, rdrop_alpha=1.0))[0]
+    usual = step_logs(train(make_model("single", 0.3), rdrop_alpha=1.0))[0]
+    assert repeated["ce_loss"] == pytest.approx(usual["ce_loss"], rel=1e-5)
+    assert repeated["kl_loss"] == pytest.approx(usual["kl_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_a_loss_function_can_be_set_after_construction(alpha):
+    class Later(RDropTrainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.compute_loss_func = lambda outputs, labels, num_items_in_batch: divided_by_the_count(
+                outputs.logits, labels, num_items_in_batch
+            )
+
+    found = step_logs(train(make_model("single", 0.3), trainer_class=Later, rdrop_alpha=alpha))[0]
+    usual = step_logs(train(make_model("single", 0.3), rdrop_alpha=alpha))[0]
+    assert found["loss"] == pytest.approx(usual["loss"], rel=1e-5)
+
+
+def test_a_loss_function_counts_as_user_of_outputs_where_a_subclass_names_none():
+    class Recipe(RDropTrainer):
+        user_of_outputs = None
+
+    trainer = train(make_model("single"), trainer_class=Recipe, rdrop_alpha=0.0)
+    assert trainer.needs_outputs is None
+    trainer.compute_loss_func = lambda outputs, labels, num_items_in_batch: outputs.logits.sum()
+    assert trainer.needs_outputs == "compute_loss_func gets the model's outputs"
+
+
+def test_outputs_are_asked_for_only_where_they_are_needed():
+    calls = []
+    mixed = parent(lambda logits, labels, count: F.cross_entropy(logits, labels), calls)[1]
+    train(make_model("single"), trainer_class=mixed, rdrop_alpha=0.0, max_steps=2)
+    assert calls == [False, False]
+
+
+class FromPairs(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**dict(inputs))
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+
+class RDropFromPairs(RDropMixin, FromPairs):
+    pass
+
+
+@pytest.mark.parametrize("form", [list, tuple])
+def test_batches_without_names_train_with_alpha_0_and_are_refused_above(form):
+    def collate(rows):
+        names = ("input_ids", "attention_mask", "labels")
+        return form((name, torch.tensor([row[name] for row in rows])) for name in names if name in rows[0])
+
+    class Collates(RDropFromPairs):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **{**kwargs, "data_collator": collate})
+
+    args = {"trainer_class": Collates}
+    found = step_logs(train(make_model("single", 0.3), rdrop_alpha=0.0, **args))[0]
+    usual = step_logs(train(make_model("single", 0.3), rdrop_alpha=0.0))[0]
+    assert (found["loss"], found["grad_norm"]) == pytest.approx((usual["loss"], usual["grad_norm"]), rel=1e-5)
+    with pytest.raises(ValueError, match=f"this one is a {form.__name__}"):
+        train(make_model("single", 0.3), rdrop_alpha=1.0, **args)

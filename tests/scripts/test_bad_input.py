@@ -18,7 +18,7 @@ import run_glue
 import run_glue_no_trainer
 import run_ner
 import run_translation
-from finetuning.run import cli
+from finetuning.command_line import cli
 from support import ROOT
 from support import script_data as made
 from support.corrupt_data import Payload

@@ -10,7 +10,7 @@ import consistency
 import run_glue
 import run_ner
 import run_translation
-from finetuning.run import without_folders
+from finetuning.command_line import without_folders
 from reporting.consistency import choose_score, markdown_table, plot
 from support import script_data as made
 

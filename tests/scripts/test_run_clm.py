@@ -415,3 +415,11 @@ def test_a_causal_bert_is_accepted():
         language_modelling.check_model(
             SimpleNamespace(model_type="roberta", is_decoder=False, is_encoder_decoder=False), tokenizer, False
         )
+
+
+def test_a_metric_that_no_evaluation_will_have_is_refused_at_the_start(tmp_path, files, decoder):
+    more = ["--eval_strategy=epoch", "--metric_for_best_model"]
+    with pytest.raises(ValueError, match=r"bleu: .*no such metric.*loss, nll, perplexity, accuracy"):
+        run_clm.main(arguments(tmp_path, files, decoder, *more, "bleu"))
+    assert not (tmp_path / "out").exists()
+    run_clm.main(arguments(tmp_path, files, decoder, *more, "perplexity"))

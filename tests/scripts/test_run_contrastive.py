@@ -16,7 +16,7 @@ from scipy import stats
 from transformers import AutoModel, AutoTokenizer, GPT2Config, GPT2Model, set_seed
 
 import run_contrastive
-from finetuning.run import cli
+from finetuning.command_line import cli
 from support import script_data as made
 from support.hub_server import Hub, use_hub
 from tasks.embeddings import ContrastiveArguments, load_sentences
@@ -427,3 +427,10 @@ def test_two_processes_with_the_head(tmp_path, models):
     for name, folder in (("_before", models["encoder"]), ("", tmp_path / "out")):
         expected = correlations_by_hand(folder, pairs(), "cls")
         assert read(tmp_path)[f"eval_spearmanr{name}"] == pytest.approx(expected["spearmanr"], abs=1e-5)
+
+
+def test_a_metric_that_no_evaluation_will_have_is_refused_at_the_start(tmp_path, models):
+    more = ["--eval_strategy=epoch", "--metric_for_best_model=accuracy", "--max_steps=2"]
+    with pytest.raises(ValueError, match=r"accuracy: .*no such metric.*spearmanr"):
+        run_contrastive.main(arguments(tmp_path, models["encoder"], *more))
+    assert not (tmp_path / "out").exists()

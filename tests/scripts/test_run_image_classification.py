@@ -16,7 +16,7 @@ import consistency
 import init_model
 import run_image_classification
 import sweep
-from finetuning.run import cli
+from finetuning.command_line import cli
 from tasks import image_processing
 from tasks.images import read_digits, read_folder
 
@@ -417,3 +417,9 @@ def test_a_model_of_text_is_refused(tmp_path, capsys):
     init_model.main([*SIZES, *more])
     message = refused(tmp_path, capsys, f"--model_name_or_path={tmp_path / 'bert'}", "--digits")
     assert "image" in message
+
+
+def test_a_metric_that_no_evaluation_will_have_is_refused_at_the_start(grey, tmp_path):
+    with pytest.raises(ValueError, match=r"f1: .*no such metric.*f1_macro"):
+        run(tmp_path / "out", grey, *TINY, "--eval_strategy=epoch", "--metric_for_best_model=f1")
+    assert not (tmp_path / "out").exists()

@@ -77,7 +77,7 @@ def plain_run(folder, rows, fault=None, **args):
 
 def script_run(name, argv, fault=None):
     """A script as from the command line."""
-    from finetuning.run import cli
+    from finetuning.command_line import cli
 
     script = __import__(name)
     if fault:
@@ -87,7 +87,7 @@ def script_run(name, argv, fault=None):
 
 def wait_in_a_temporary_folder(parent):
     """A script that is busy with what it will leave nothing of."""
-    from finetuning.run import cli
+    from finetuning.command_line import cli
 
     def main():
         with tempfile.TemporaryDirectory(dir=parent) as folder:

@@ -391,3 +391,33 @@ def test_nothing_is_concluded_where_nothing_is_compared():
 
     train(make_model("single", 0.3), trainer_kwargs={"logits_for_agreement": nothing})
     train(declare_dropout(make_diffllama()), rows=causal_rows(), rdrop_layer_drop=1e-6)
+
+
+# ---- per-sample gradients ----
+
+
+class Private(torch.optim.SGD):
+    """An optimizer that adds noise to gradients clipped row by row, by the attribute that tells Opacus'."""
+
+    noise_multiplier = 1.0
+
+
+def private_optimizer(model):
+    return {"optimizers": (Private(model.parameters(), lr=0.1), None)}
+
+
+def test_an_optimizer_of_per_sample_gradients_is_refused():
+    model = make_model("single")
+    refuse(model, "per-sample gradients", trainer_kwargs=private_optimizer(model))
+    model = make_model("single")
+    assert train(model, rdrop_alpha=0.0, trainer_kwargs=private_optimizer(model)).state.global_step == 2
+
+
+@pytest.mark.parametrize("place", ["module", "parameter"])
+def test_a_model_that_collects_per_sample_gradients_is_refused(place):
+    model = make_model("single")
+    if place == "module":
+        model.autograd_grad_sample_hooks = []
+    else:
+        next(model.parameters()).grad_sample = None
+    refuse(model, "per-sample gradients")

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image, ImageColor
 
 from comparison.curves import plot_alphas, plot_curves
-from comparison.figures import GREY, make_report
+from comparison.figures import make_report
+from comparison.names import GREY
 from comparison.plots import pareto_front, plot_all, plot_gains, plot_pareto
 from reporting.style import DPI, fullest, place_labels, save, styles
 from support.comparison_data import ARMS, METRICS, make_choices, make_runs
