@@ -3,7 +3,8 @@
     python scripts/benchmarking/startup.py --before ../a01bfe2 --repeats 5
 
 Each command runs in a process of its own, first in the earlier checkout, then in this one, and again. The smallest
-of the repeats counts: other processes can only add to it. Commands with a reference are compared with that import instead.
+of the repeats counts, since other processes can only add to it. Commands with a reference are compared with that
+import too.
 """
 
 import argparse
