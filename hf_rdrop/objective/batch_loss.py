@@ -12,8 +12,9 @@ from ..batch import first_rows, stack_passes
 from ..contrastive import info_nce_agreement, pool
 from ..functional import AGREEMENTS, compute_dtype
 from .batch_layout import BatchLayout
+from .comparison_checks import check_comparison, check_gradient
 from .heads import Head, find_logits, resolve_head
-from .parent_loss import ParentLoss, ParentOutput, check_comparison, check_gradient
+from .parent_loss import ParentLoss, ParentOutput
 
 
 class BatchLoss(NamedTuple):

@@ -18,7 +18,7 @@ from ..cost.model_shape import describe_model
 from ..cost.predict import predict_cost
 from ..fused.head import find_output_embeddings
 from ..objective.batch_layout import BatchLayout
-from ..objective.parent_loss import unrepeatable
+from ..objective.repeated_loss import unrepeatable
 from .settings import RunFacts
 
 logger = logging.getLogger(__name__)

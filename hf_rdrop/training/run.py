@@ -12,7 +12,8 @@ from ..fused.head import FusedHead, choose_fused_head, find_output_embeddings
 from ..objective.batch_layout import BatchLayout
 from ..objective.batch_loss import BatchLoss, Objective
 from ..objective.heads import find_logits
-from ..objective.parent_loss import ParentLoss, check_repeated_loss
+from ..objective.parent_loss import ParentLoss
+from ..objective.repeated_loss import check_repeated_loss
 from ..objective.scored import measure_shift
 from ..sub_models import SubModels
 from ..training_args import REMOVED, check_removed

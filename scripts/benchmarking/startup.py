@@ -2,8 +2,9 @@
 
     python scripts/benchmarking/startup.py --before ../a01bfe2 --repeats 5
 
-Each command runs in a process of its own, first in the earlier checkout, then in this one, and again. The smallest of
-the repeats counts: other processes can only add to it. Commands with a reference are compared with that import instead.
+Each command runs in a process of its own, first in the earlier checkout, then in this one, and again. The smallest
+of the repeats counts, since other processes can only add to it. Commands with a reference are compared with that
+import too.
 """
 
 import argparse
@@ -34,10 +35,8 @@ COMMANDS: dict[str, tuple[list[str] | str, str | None]] = {
 
 def seconds(command: list[str] | str, checkout: Path) -> float:
     """Processor seconds, of user and system, of one process."""
-    if isinstance(command, str):
-        words = ["-c", command]
-    else:
-        words = [str(checkout / "scripts" / command[0]), *command[1:]]
+    program = isinstance(command, str)
+    words = ["-c", command] if program else [str(checkout / "scripts" / command[0]), *command[1:]]
     path = os.pathsep.join(filter(None, [str(checkout), os.environ.get("PYTHONPATH", "")]))
     env = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -62,10 +61,9 @@ def main() -> None:
         kinds = [(command, args.before.resolve()), (command, HERE), *([(reference, HERE)] if reference else [])]
         taken = [[seconds(*kind) for kind in kinds] for _ in range(args.repeats)]
         before, now, *floor = map(min, zip(*taken, strict=True))
-        last = [f"{floor[0]:.2f}", f"{now / floor[0]:.2f}"] if floor else ["", ""]
-        print(
-            f"| `{name}` | {' | '.join([f'{before:.2f}', f'{now:.2f}', f'{now / before:.2f}', *last])} |", flush=True
-        )
+        figures = [before, now, now / before, *floor, *(now / value for value in floor)]
+        cells = [f"{figure:.2f}" for figure in figures] + [""] * (5 - len(figures))
+        print(f"| `{name}` | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

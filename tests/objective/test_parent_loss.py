@@ -115,6 +115,8 @@ class Scores(nn.Module):
             "weighted": lambda: F.binary_cross_entropy_with_logits(logits, labels, pos_weight=torch.tensor(3.0)),
             "mse": lambda: F.mse_loss(logits, labels),
             "huber": lambda: F.smooth_l1_loss(logits, labels),
+            "sigmoid": lambda: F.mse_loss(logits.sigmoid(), labels),
+            "tanh": lambda: F.l1_loss(logits.tanh(), labels),
         }[self.kind]()
         return {"loss": loss, "logits": logits} if self.form == "dict" else (loss, logits)
 
@@ -173,6 +175,8 @@ def test_plain_modules(case, form):
         ({"kind": "bce", "outputs": 1}, draw(16, real=False), "its loss is the binary cross-entropy"),
         ({"kind": "mse"}, draw(16, 3, real=False), "its loss is the mean squared error.*'regression'"),
         ({"kind": "huber"}, draw(16, 3), "not between 0 and 1.*PretrainedConfig"),
+        ({"kind": "sigmoid", "outputs": 1}, draw(16, real=False), r"the sigmoid of its scores.*\.sigmoid\(\)"),
+        ({"kind": "tanh", "outputs": 1, "problem_type": "regression"}, draw(16), "the tanh of its scores"),
     ],
 )
 @pytest.mark.parametrize("form", ["dict", "tuple"])
