@@ -1,5 +1,6 @@
 """Make eight rows for a tiny model: lengths and numbers of labels differ, so that a wrong mean shows."""
 
+import copy
 import inspect
 from typing import Any
 
@@ -15,7 +16,7 @@ Rows = list[dict[str, Tensor]]
 
 
 def make_rows(head: str, model: nn.Module) -> Rows:
-    """Make the rows that a model of this head is trained on."""
+    """Make the rows that a model of this head is trained on; of text alone where a model takes text and images."""
     draw = torch.Generator().manual_seed(1)
     names = set(inspect.signature(model.forward).parameters)
     config: Any = model.config
@@ -29,9 +30,76 @@ def make_rows(head: str, model: nn.Module) -> Rows:
     return rows
 
 
+def with_images(rows: Rows, model: Any) -> Rows | None:
+    """Put an image before the text of each row; None for a model whose way of taking images is not known here.
+
+    Either `pixel_values` has an image a row, or it holds the patches of all rows one after another (Qwen2-VL and
+    relatives), whose numbers are `image_grid_thw`.
+    """
+    names, config = set(inspect.signature(model.forward).parameters), model.config
+    token = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
+    vision = getattr(config, "vision_config", None)
+    if token is None or vision is None or "pixel_values" not in names or not hasattr(model, "get_image_features"):
+        return None
+    for shape in ("patches",) if "image_grid_thw" in names else ("one image", "list of images"):
+        draw = torch.Generator().manual_seed(2)
+        images = [_pixels(shape, names, config, draw) for _ in rows]
+        try:
+            count = _count_features(model, stack(images[:1]))
+        except Exception:
+            if shape != "one image":
+                raise
+        else:
+            pairs = zip(rows, images, strict=True)
+            return [{**_after_image(row, token, count, names), **image} for row, image in pairs]
+    return None
+
+
+def _pixels(shape: str, names: set[str], config: Any, draw: Any) -> dict[str, Tensor]:
+    vision, size = config.vision_config, _size(config)
+    if shape == "patches":
+        side = 2 * (getattr(vision, "spatial_merge_size", None) or 2)
+        channels = getattr(vision, "in_channels", None) or getattr(vision, "in_chans", None) or 3
+        width = channels * (getattr(vision, "temporal_patch_size", None) or 1) * vision.patch_size**2
+        patches = torch.randn(side * side, width, generator=draw)
+        return {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, side, side]])}
+    pixels = torch.randn(3, size, size, generator=draw)
+    sizes = {"image_sizes": torch.tensor([size, size])} if "image_sizes" in names else {}
+    return {"pixel_values": pixels[None] if shape == "list of images" else pixels, **sizes}
+
+
+def _count_features(model: Any, batch: dict[str, Tensor]) -> int:
+    """Count the positions that an image takes among those of the text."""
+    with torch.no_grad():
+        features = copy.deepcopy(model).eval().get_image_features(**batch)
+    features = (
+        getattr(features, "pooler_output", None) if not isinstance(features, (Tensor, list, tuple)) else features
+    )
+    width = model.config.get_text_config().hidden_size
+    tensors = [features] if isinstance(features, Tensor) else list(features)
+    return sum(t.numel() for t in tensors) // width
+
+
+def _after_image(row: dict[str, Tensor], token: int, count: int, names: set[str]) -> dict[str, Tensor]:
+    image = torch.full((count,), token)
+    found = {
+        "input_ids": torch.cat((image, row["input_ids"])),
+        "attention_mask": torch.cat((torch.ones_like(image), row["attention_mask"])),
+        "labels": torch.cat((torch.full_like(image, -100), row["labels"])),
+    }
+    for name in ("token_type_ids", "mm_token_type_ids"):
+        if name in names:
+            found[name] = (found["input_ids"] == token).long()
+    return found
+
+
 def stack(rows: Rows) -> dict[str, Tensor]:
-    """Collate rows of one size."""
-    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    """Collate rows of one size; patches are laid one after another."""
+    packed = {"pixel_values", "image_grid_thw"} if "image_grid_thw" in rows[0] else set()
+    return {
+        name: (torch.cat if name in packed else torch.stack)([row[name] for row in rows])  # type: ignore[operator]
+        for name in rows[0]
+    }
 
 
 # ---- Inputs ----

@@ -12,7 +12,7 @@ from transformers import set_seed
 
 import hf_rdrop
 
-from .batches import CLASSES, ROWS, Rows, make_rows, stack
+from .batches import CLASSES, ROWS, Rows, make_rows, stack, with_images
 from .pairs import Pair
 from .reference import Terms, terms_of
 from .tiny_configs import tiny_config
@@ -87,7 +87,10 @@ def check_pair(pair: Pair) -> Record:
     try:
         model = build(pair)
         rows = make_rows(pair.head, model)
-        plain = _plain(model, rows)
+        if pair.head == "image-text-to-text":
+            rows, plain = _with_images_or_without(model, rows, record)
+        else:
+            plain = _plain(model, rows)
     except Exception as error:
         record.status, record.reasons["not tried"] = "not tried", describe(error)
         return record
@@ -132,6 +135,17 @@ def build(pair: Pair) -> nn.Module:
                 if module.bias is not None:
                     module.bias.normal_(0, 0.1)
     return model
+
+
+def _with_images_or_without(model: nn.Module, rows: Rows, record: Record) -> tuple[Rows, Step]:
+    """Train on images and text where that works here with the plain Trainer, else on text alone."""
+    try:
+        if found := with_images(rows, model):
+            return found, _plain(model, found)
+    except Exception as error:
+        record.values["images"] = describe(error)
+    record.remarks.append("tried on text alone")
+    return rows, _plain(model, rows)
 
 
 def _plain(model: nn.Module, rows: Rows) -> Step:

@@ -41,7 +41,8 @@ def lines(survey: dict[str, Any]) -> list[str]:
         "",
         "Each model has random weights and is trained for one step in several ways. The values are compared with "
         "those recomputed in float64 from the logits that the model gave. That shows the objective to be right, and "
-        "says nothing of what R-Drop gains. Models that read images or sounds beside text were given text alone.",
+        "says nothing of what R-Drop gains. Language models that also hear were given text alone. So were those that "
+        "also see where a remark says so.",
         "",
         "- **R-Drop**: `ce_loss` is the model's own loss of both passes, `kl_loss` the divergence at the scored "
         "positions, and `loss` their sum with alpha. Four batches of two rows give the loss and gradients of one of "
