@@ -10,7 +10,7 @@ from torch import Tensor, nn
 ROWS, LENGTH, TARGETS, CLASSES = 8, 16, 10, 3
 FIRST, LAST = 10, 30  # token ids: neither special nor a placeholder in any tiny model
 LENGTHS = (16, 9, 12, 16, 8, 14, 11, 13)
-SOUND = 4000
+SOUND, LONG_SOUND = 4000, 8000
 
 Rows = list[dict[str, Tensor]]
 
@@ -22,7 +22,7 @@ def make_rows(head: str, model: nn.Module) -> Rows:
     config: Any = model.config
     rows = []
     for i in range(ROWS):
-        row = _inputs(head, names, config, i, draw, model)
+        row = _inputs(head, names, config, i, draw)
         row.update(_labels(head, row, config, i, draw, names))
         if config.model_type == "fsmt":  # which takes the source for the target where it is told of none
             row["decoder_input_ids"] = row["labels"].roll(1).clamp(min=1)
@@ -96,10 +96,14 @@ def _after_image(row: dict[str, Tensor], token: int, count: int, names: set[str]
 def stack(rows: Rows) -> dict[str, Tensor]:
     """Collate rows of one size; patches are laid one after another."""
     packed = {"pixel_values", "image_grid_thw"} if "image_grid_thw" in rows[0] else set()
-    return {
-        name: (torch.cat if name in packed else torch.stack)([row[name] for row in rows])  # type: ignore[operator]
-        for name in rows[0]
-    }
+    found: dict[str, Any] = {}
+    for name, first in rows[0].items():
+        values = [row[name] for row in rows]
+        if isinstance(first, dict):  # the objects of an image
+            found[name] = values
+        else:
+            found[name] = torch.cat(values) if name in packed else torch.stack(values)
+    return found
 
 
 # ---- Inputs ----
@@ -113,11 +117,11 @@ _VISION = (
 )
 
 
-def _inputs(head: str, names: set[str], config: Any, i: int, draw: Any, model: nn.Module) -> dict[str, Tensor]:
+def _inputs(head: str, names: set[str], config: Any, i: int, draw: Any) -> dict[str, Tensor]:
     if head in _VISION:
         return {_image_name(names): _image(head, config, draw)}
     if head in ("speech seq2seq", "CTC", "audio classification", "audio frame classification", "speaker embeddings"):
-        found = _sound(names, config, draw, model)
+        found = _sound(names, config, draw, LONG_SOUND if head == "speaker embeddings" else SOUND)
         if "input_ids" in names and "decoder_input_ids" not in names:
             return _text(config, i, draw)  # a language model that hears: text alone
         return found
@@ -131,8 +135,8 @@ def _inputs(head: str, names: set[str], config: Any, i: int, draw: Any, model: n
     if "visual_feats" in names and hasattr(config, "visual_feat_dim"):
         row["visual_feats"] = torch.randn(5, config.visual_feat_dim, generator=draw)
         row["visual_pos"] = torch.rand(5, 4, generator=draw)
-    if head == "question answering" and config.model_type == "longformer":
-        row["input_ids"][[5, 6, 8]] = config.sep_token_id  # question and text are parted by these
+    if head in ("question answering", "multiple choice") and config.model_type == "longformer":
+        row["input_ids"][..., [5, 6, 8]] = config.sep_token_id  # question and text are parted by these
     if head in ("visual question answering", "document question answering"):
         row.update(_visual(names, config, draw))
     return row
@@ -171,7 +175,7 @@ def _size(config: Any) -> int:
     return 64
 
 
-def _sound(names: set[str], config: Any, draw: Any, model: nn.Module) -> dict[str, Tensor]:
+def _sound(names: set[str], config: Any, draw: Any, samples: int) -> dict[str, Tensor]:
     if "input_features" in names:
         width = getattr(config, "feature_projection_input_dim", None) or getattr(config, "input_dim", None)
         if width:
@@ -182,10 +186,13 @@ def _sound(names: set[str], config: Any, draw: Any, model: nn.Module) -> dict[st
             return {"input_features": torch.randn(mel, 2 * config.max_source_positions, generator=draw)}
         if getattr(config, "input_feat_per_channel", None):
             mel = config.input_feat_per_channel
-        return {"input_features": torch.randn(64, mel or 80, generator=draw)}
+        found = {"input_features": torch.randn(64, mel or 80, generator=draw)}
+        if "parakeet" in config.model_type:  # which asks for it
+            found["attention_mask"] = torch.ones(64, dtype=torch.long)
+        return found
     if getattr(config, "model_type", "") == "audio-spectrogram-transformer":
         return {"input_values": torch.randn(config.max_length, config.num_mel_bins, generator=draw)}
-    return {"input_values": torch.randn(SOUND, generator=draw)}
+    return {"input_values": torch.randn(samples, generator=draw)}
 
 
 def _visual(names: set[str], config: Any, draw: Any) -> dict[str, Tensor]:
@@ -226,6 +233,8 @@ def _labels(head: str, row: dict[str, Tensor], config: Any, i: int, draw: Any, n
     if head == "semantic segmentation":
         size = next(iter(row.values())).shape[-1]
         return {"labels": torch.randint(0, CLASSES, (size, size), generator=draw)}
+    if head == "object detection":
+        return {"labels": {"class_labels": torch.tensor([i % 2]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.3]])}}
     if head == "CTC":
         labels = torch.full((4,), -100)
         labels[: 1 + i % 3] = torch.randint(3, 20, (1 + i % 3,), generator=draw)

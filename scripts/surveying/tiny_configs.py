@@ -73,12 +73,10 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     },
     "layoutlmv3": {"coordinate_size": 6, "shape_size": 4, "input_size": IMAGE, "patch_size": PATCH},
     "lilt": {"hidden_size": 48, "channel_shrink_ratio": 2},
-    "mistral4": {
-        "head_dim": HEAD_WIDTH,
-        "qk_head_dim": 2 * HEAD_WIDTH,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
-    },
-    "mobilebert": {"true_hidden_size": WIDTH, "intra_bottleneck_size": WIDTH},
+    "mistral4": {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "head_dim": 16, "qk_head_dim": 16},
+    "mobilebert": {"hidden_size": 64, "embedding_size": 32, "true_hidden_size": 32, "intra_bottleneck_size": 32},
+    "levit": {"image_size": 224, "patch_size": 16},
+    "bros": {"hidden_size": 128, "num_attention_heads": 4},
     "swin": {"embed_dim": 24, "image_size": 64, "window_size": 2},
     "swinv2": {"embed_dim": 24, "image_size": 64, "window_size": 2},
     "donut-swin": {"image_size": 64, "window_size": 2, "embed_dim": 24},
@@ -107,17 +105,24 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_head": 16},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"], "mamba_n_heads": 4, "mamba_d_head": 16},
     "blt": {"encoder_hash_byte_group_vocab": 64},
-    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     "granite_speech": {"context_size": 8},
     "granite_speech_encoder": {"context_size": 8},
     "granite_speech_plus_encoder": {"context_size": 8},
     "esm": {"vocab_size": 64, "pad_token_id": 1, "mask_token_id": 32},
     "hunyuan_v1_dense": {"head_dim": HEAD_WIDTH},
+    "hunyuan_vl_text": {"head_dim": HEAD_WIDTH},
     "hunyuan_v1_moe": {"head_dim": HEAD_WIDTH},
     "ministral": {"head_dim": HEAD_WIDTH},
     "nemotron": {"num_key_value_heads": HEADS, "head_dim": HEAD_WIDTH},
-    "reformer": {"axial_pos_embds": False, "is_decoder": True},
-    "perceiver": {"d_latents": WIDTH, "num_latents": 8, "num_self_attends_per_block": 2, "qk_channels": WIDTH},
+    "reformer": {"axial_pos_embds": False},
+    "perceiver": {
+        "max_position_embeddings": 16,
+        "d_latents": WIDTH,
+        "num_latents": 8,
+        "num_self_attends_per_block": 2,
+        "qk_channels": WIDTH,
+    },
 }
 
 
@@ -164,8 +169,8 @@ def _shrink(kind: type[PreTrainedConfig], tokens: _Tokens, given: dict[str, Any]
             found[name] = type(value)([1] * len(value))
     found = {**found, **exceptions}
     rope = found.get("rope_parameters", values.get("rope_parameters"))
-    if isinstance(rope, dict) and ("mrope_section" in rope or "mrope_section" in _modeling_code(kind)):
-        found["rope_parameters"] = {**rope, "mrope_section": _sections(found, values, rope)}
+    if isinstance(rope, dict) and "mrope_section" in (*rope, *str(rope).split("'"), *_modeling_code(kind)):
+        found["rope_parameters"] = _with_sections(rope, found, values)
     return kind(**found)
 
 
@@ -192,9 +197,9 @@ def _kept_layers(values: dict[str, Any]) -> tuple[list[int], list[str]]:
 
 
 def _smaller(name: str, value: int, tokens: _Tokens, hierarchical: bool = False) -> int:
-    if _TOKEN.fullmatch(name):
+    if _TOKEN.fullmatch(name) and not name.startswith("num_"):
         return tokens[value] if value >= FIRST_SPECIAL else value
-    if name == "patch_size":
+    if name == "patch_size" or (name == "encoder_stride" and not hierarchical):
         return min(value, PATCH)
     for pattern, size in _SIZES:
         if hierarchical and size == WIDTH and name != "image_size":
@@ -202,6 +207,12 @@ def _smaller(name: str, value: int, tokens: _Tokens, hierarchical: bool = False)
         if pattern.fullmatch(name):
             return min(value, size) if value > 0 else value
     return value
+
+
+def _with_sections(rope: dict[str, Any], found: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """Set the sections of rotary embeddings in time, height and width, of each kind of layer."""
+    kinds = {name: _with_sections(inner, found, values) for name, inner in rope.items() if isinstance(inner, dict)}
+    return {**rope, **kinds} if kinds else {**rope, "mrope_section": _sections(found, values, rope)}
 
 
 def _sections(found: dict[str, Any], values: dict[str, Any], rope: dict[str, Any]) -> list[int]:
@@ -212,6 +223,6 @@ def _sections(found: dict[str, Any], values: dict[str, Any], rope: dict[str, Any
 
 
 @cache
-def _modeling_code(kind: type[PreTrainedConfig]) -> str:
+def _modeling_code(kind: type[PreTrainedConfig]) -> list[str]:
     spec = importlib.util.find_spec(kind.__module__.replace(".configuration_", ".modeling_"))
-    return Path(spec.origin).read_text("utf-8") if spec is not None and spec.origin else ""
+    return re.findall(r"\w+", Path(spec.origin).read_text("utf-8")) if spec is not None and spec.origin else []
