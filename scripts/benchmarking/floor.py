@@ -23,7 +23,7 @@ from hf_rdrop.fused import linear_rdrop_loss
 from hf_rdrop.fused.linear import default_chunk_bytes
 
 
-def main() -> None:
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=512, help="of one pass")
     parser.add_argument("--vocab_size", type=int, default=32_000)
@@ -31,7 +31,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--before", type=Path, help="an earlier checkout")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    args = parse()
     torch.set_num_threads(args.threads)
     losses = {"now": linear_rdrop_loss} | ({"before": _loss_of(args.before)} if args.before else {})
     print("| precision | " + " | ".join(f"{name} / floor" for name in losses) + " |")
