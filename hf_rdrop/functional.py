@@ -109,7 +109,8 @@ class _SoftmaxAgreement(torch.autograd.Function):
             # `where` and not a product: an ignored row may hold inf or nan
             value += torch.where(w > 0, kl, 0).mul_(w).sum()
             if grad is not None:
-                grad[:, block] = p if logits.is_cpu else p.masked_fill_(~counted[block, None], 0)
+                p = p if logits.is_cpu else p.masked_fill_(~counted[block, None], 0)
+                grad[:, block] = p.to(grad.dtype)
         if grad is not None:
             ctx.save_for_backward(grad)
         ctx.logits_dtype = logits.dtype

@@ -177,6 +177,20 @@ def test_long_inputs_are_cut_into_blocks_without_changing_the_result(monkeypatch
     torch.testing.assert_close(torch.autograd.grad(parts, logits)[0], grad)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_masked_rows_in_half_precision(dtype):
+    """Ignored rows get no gradient, the others that of the rows alone, whatever the ignored ones hold."""
+    logits, mask = draw(2, 6, 5, seed=3).to(dtype), torch.tensor([1, 0, 1, 1, 0, 1], dtype=torch.bool)
+    alone = logits[:, mask].requires_grad_()
+    logits[:, 1] = torch.nan
+    logits.requires_grad_()
+    found, expected = softmax_agreement(logits, mask), softmax_agreement(alone)
+    found.backward()
+    expected.backward()
+    assert torch.equal(found, expected) and torch.equal(logits.grad[:, mask], alone.grad)
+    assert not logits.grad[:, ~mask].any()
+
+
 def test_without_gradient_nothing_is_kept():
     with torch.no_grad():
         value = softmax_agreement(draw(2, 3, 4).requires_grad_())

@@ -46,13 +46,16 @@ def seconds(command: list[str] | str, checkout: Path) -> float:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def main() -> None:
-    """Command line: print the table."""
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--before", type=Path, required=True, help="the earlier checkout")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", default="", help="commands that contain this text")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    args = parse()
     print("| command | before, s | now, s | now / before | reference, s | now / reference |")
     print("| --- | --- | --- | --- | --- | --- |")
     for name, (command, reference) in COMMANDS.items():
