@@ -59,8 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         todo = [pair for pair in pairs if args.again or pair.name not in survey["pairs"]]
         print(f"{len(todo)} of {len(pairs)} pairs to try", flush=True)
         warm_up(todo)
+        at = {**versions(), "commit": commit()}
         for done, (pair, record, seconds) in enumerate(sweep(todo, jobs=args.jobs, limit=args.time_limit), 1):
-            record["versions"] = versions()
+            record["versions"] = at
             survey["pairs"][pair.name] = record
             if record["status"] in FAULTS or args.verbose:
                 print(f"{pair.name}: {record['status']} {record['reasons']} ({seconds:.1f} s)", flush=True)
@@ -69,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 write_json(file, survey)
         known = {pair.name for pair in all_pairs()}  # what another release of Transformers had is no longer there
         survey["pairs"] = {name: record for name, record in survey["pairs"].items() if name in known}
-        survey.update(versions(), date=f"{datetime.now(timezone.utc):%Y-%m-%d}", commit=commit())
+        survey.update(at, date=f"{datetime.now(timezone.utc):%Y-%m-%d}")
         write_json(file, survey)
         write_table(folder / "README.md", survey)
     found = [survey["pairs"][pair.name]["status"] for pair in pairs]
@@ -115,7 +116,7 @@ def sweep(pairs: Sequence[Pair], *, jobs: int, limit: float) -> Iterable[tuple[P
         yield pair, answer, seconds
 
 
-def versions() -> dict[str, str]:
+def versions() -> dict[str, Any]:
     return {"transformers": transformers.__version__, "torch": torch.__version__, "hf_rdrop": hf_rdrop.__version__}
 
 
