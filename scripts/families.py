@@ -121,18 +121,16 @@ def versions() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Name the commit of this clone, with a + where tracked files of the package are changed."""
+    """Name the commit of this clone, with a + where the package is changed; None outside a clone."""
+    asked = (["rev-parse", "--short=7", "HEAD"], ["status", "--porcelain", "hf_rdrop"])
     try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=7", "--dirty=+", "--exclude=*"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=True,
+        name, changed = (
+            subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+            for words in asked
         )
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip()
+    return name + ("+" if changed else "")
 
 
 if __name__ == "__main__":
