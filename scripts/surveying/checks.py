@@ -391,7 +391,7 @@ def is_refusal(error: BaseException) -> bool:
 
 def describe(error: BaseException) -> str:
     """Write an error in a line, with its place unless it is R-Drop's own refusal."""
-    text = " ".join(str(error).split())[:600]
+    text = " ".join(str(error).split())[:300]
     if is_refusal(error) or isinstance(error, NotTried):
         return text
     frame = traceback.extract_tb(error.__traceback__)[-1]

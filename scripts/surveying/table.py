@@ -11,6 +11,8 @@ from .pairs import HEADS
 
 WORDS = {"right": "yes", "refused": "refused", "no": "–", "": "–", "wrong": "**wrong**", "error": "**error**"}
 
+LONGEST = 150  # characters of a reason in the table of what was not tried
+
 
 def write_table(file: Path, survey: dict[str, Any]) -> None:
     """Write the README.md of a survey."""
@@ -32,8 +34,8 @@ def lines(survey: dict[str, Any]) -> list[str]:
         "# Families",
         "",
         f"R-Drop on a tiny model of every family in the auto mappings of transformers {survey['transformers']}, with "
-        f"torch {survey['torch']} on a CPU. Tried on {survey['date']} at commit {survey['commit']}, written by "
-        "`python scripts/families.py`; [families.json](families.json) has every figure.",
+        f"torch {survey['torch']} on a CPU. Last tried on {survey['date']} at commit {survey['commit']}, written by "
+        "`python scripts/families.py`; [families.json](families.json) has every figure, and the commit of each pair.",
         "",
         f"Of {sum(counts.values())} pairs of head and family {tried} were tried. {counts['right']} train with the "
         f"right values, {counts['refused']} are refused with a reason, {counts['wrong']} have a wrong value, and "
@@ -116,7 +118,14 @@ def _not_tried(records: list[dict[str, Any]]) -> list[str]:
     rows = sorted((r for r in records if r["status"] == "not tried"), key=lambda r: (r["head"], r["family"]))
     if not rows:
         return ["Every pair was tried."]
-    return table_lines(
-        ("head", "family", "why"),
-        [(r["head"], r["family"], r["reasons"]["not tried"].replace("|", "/")) for r in rows],
-    )
+    return [
+        "No tiny model could be built here (mostly for a library that is not installed), or the plain Trainer cannot "
+        "train it on the rows that are made here.",
+        "",
+        *table_lines(("head", "family", "why"), [(r["head"], r["family"], _short(r)) for r in rows]),
+    ]
+
+
+def _short(record: dict[str, Any]) -> str:
+    text = record["reasons"]["not tried"].replace("|", "/")
+    return text if len(text) <= LONGEST else f"{text[:LONGEST].rsplit(' ', 1)[0]} ..."

@@ -75,6 +75,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "lilt": {"hidden_size": 48, "channel_shrink_ratio": 2},
     "mistral4": {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "head_dim": 16, "qk_head_dim": 16},
     "mobilebert": {"hidden_size": 64, "embedding_size": 32, "true_hidden_size": 32, "intra_bottleneck_size": 32},
+    "textnet": {"image_size": [64, 64]},
     "levit": {"image_size": 224, "patch_size": 16},
     "bros": {"hidden_size": 128, "num_attention_heads": 4},
     "swin": {"embed_dim": 24, "image_size": 64, "window_size": 2},
