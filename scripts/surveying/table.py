@@ -33,7 +33,7 @@ def lines(survey: dict[str, Any]) -> list[str]:
     return [
         "# Families",
         "",
-        f"R-Drop on a tiny model of every family in the auto mappings of transformers {survey['transformers']}, with "
+        f"R-Drop on a tiny model of the families in the auto mappings of transformers {survey['transformers']}, with "
         f"torch {survey['torch']} on a CPU. Last tried on {survey['date']} at commit {survey['commit']}, written by "
         "`python scripts/families.py`; [families.json](families.json) has every figure, and the commit of each pair.",
         "",

@@ -20,6 +20,7 @@ from transformers import HfArgumentParser, default_data_collator
 import benchmark as benchmark_script
 import compare
 import consistency
+import families
 import hf_rdrop
 import init_model
 import run_clm
@@ -182,6 +183,9 @@ def test_commands_parse(command, tmp_path, monkeypatch):
         asked = parse(arguments)
         if not asked.demo:
             check_comparison(asked)
+        return
+    if script == "families.py":
+        families.parse(arguments)
         return
     if script in ("sweep.py", "consistency.py"):
         for model in re.findall(r"=(outputs/\S+)", command):

@@ -16,6 +16,7 @@ PAGES = [
     CARDS_FOLDER / "r-drop.md",
     *sorted((CARDS_FOLDER / "guides").glob("*.md")),
     CARDS_FOLDER / "benchmark" / "README.md",
+    CARDS_FOLDER / "families" / "README.md",
     *sorted(REFERENCE.rglob("README.md")),
     ROOT / "scripts" / "README.md",
     ROOT / "tests" / "README.md",

@@ -12,6 +12,7 @@ import families
 from hf_rdrop.fused.head import FusedHead
 from hf_rdrop.objective import batch_loss
 from hf_rdrop.objective.heads import Head
+from support.pages import CARDS_FOLDER, README
 from surveying.checks import Record, check_pair
 from surveying.children import run_each
 from surveying.pairs import HEADS, Pair, all_pairs
@@ -262,3 +263,20 @@ def test_the_table_names_what_is_wrong_and_what_is_refused():
     assert "| b | refused [1] |" in found and "| c | refused [1] |" in found and "1. the model is odd" in found
     assert "| d | **wrong** [2] |" in found and "| masked LM | e | no timm |" in found
     assert "Of 5 pairs of head and family 4 were tried" in found
+
+
+# ---- The committed survey ----
+
+SURVEY = json.loads((CARDS_FOLDER / "families" / "families.json").read_text("utf-8"))
+
+
+def test_the_committed_table_is_that_of_its_figures():
+    assert (CARDS_FOLDER / "families" / "README.md").read_text("utf-8") == "\n".join(lines(SURVEY)) + "\n"
+
+
+def test_the_readme_says_what_was_found():
+    assert {record["status"] for record in SURVEY["pairs"].values()} == {"right", "refused", "not tried"}
+    text = " ".join(README.read_text("utf-8").split())
+    assert f"transformers {SURVEY['transformers']} was trained with them on {SURVEY['date']}" in text
+    newest = {record["versions"]["transformers"] for record in SURVEY["pairs"].values()}
+    assert newest == {SURVEY["transformers"]} and len(SURVEY["pairs"]) > 700
