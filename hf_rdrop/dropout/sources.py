@@ -130,8 +130,8 @@ def settings_beside_dropout(model: nn.Module) -> list[str]:
     """List the entries of a model's configs, each with a value, that make its passes differ without dropout."""
     found = []
     for config in configs_of(model):
-        for name in vars(config):
-            value = getattr(config, name)
+        # (Not by getattr: a config whose layers differ raises an error for what each of them has for itself.)
+        for name, value in vars(config).items():
             if kind_of(name) == "drop_path" and is_rate(value) and _admits(config, name, 0.1):
                 found.append(f"{name}=0.1")
             elif name in ("router_jitter_noise", "input_jitter_noise") and is_rate(value):

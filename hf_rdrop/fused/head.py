@@ -79,6 +79,8 @@ def _maker_of_decoder_inputs(model: nn.Module) -> Callable[[Tensor], Tensor] | N
     if hasattr(model, "prepare_decoder_input_ids_from_labels"):
         return model.prepare_decoder_input_ids_from_labels  # type: ignore[return-value]
     config: Any = getattr(model, "config", None)
+    if getattr(config, "pad_token_id", None) is None and hasattr(config, "get_text_config"):
+        config = config.get_text_config(decoder=True)  # Florence-2, which reads images beside the text
     for base in type(model).__mro__:  # M2M100, Blenderbot, Whisper, ...: a function of their module
         if shift := getattr(sys.modules.get(base.__module__), "shift_tokens_right", None):
             return lambda labels: shift(labels, config.pad_token_id, config.decoder_start_token_id)

@@ -80,6 +80,9 @@ def _least(found: int, device: torch.device) -> int:
 
 def _gradient_of_logits(model: Any, wrapped: nn.Module, rows: Mapping[str, Any]) -> Tensor | None:
     """Take the gradient of the model's loss by what its head puts out; None where that is not to be had."""
+    head = model.get_output_embeddings()
+    if isinstance(head, nn.Embedding):  # the logits are made of its weight, and what it puts out are inputs (FSMT)
+        return None
     outputs: list[Tensor] = []
     found: list[Any] = []
 
@@ -93,7 +96,7 @@ def _gradient_of_logits(model: Any, wrapped: nn.Module, rows: Mapping[str, Any])
         found.append(output)
 
     inner = wrapped.module if isinstance(wrapped, DistributedDataParallel) else wrapped
-    hooks = [model.get_output_embeddings().register_forward_hook(leaf)]
+    hooks = [head.register_forward_hook(leaf)]
     # Whichever ends first: adapters call no hook of the model. Before FSDP's own, which look for a backward pass too.
     hooks += [module.register_forward_hook(end, prepend=True) for module in (model, inner)]
     try:

@@ -173,6 +173,13 @@ def check_batch(
         own_logits: whether `logits_for_agreement` says what the passes are compared by.
         label_smoothing: as Trainer's `label_smoothing_factor`.
     """
+    other = next((name for name in ("labels", "label", *layout.label_names) if inputs.get(name) is not None), None)
+    if labels is None and not own_logits and other is not None:
+        raise ValueError(
+            f"R-Drop knows no way to compare predictions for such `{other}`: no tensor, but a "
+            f"{type(inputs[other]).__name__} (object detection, segments). Supported heads: {SUPPORTED_HEADS}. Or set "
+            "rdrop_alpha to 0."
+        )
     if labels is None and not own_logits:
         raise ValueError(
             f"R-Drop needs `labels` in the batch to know which items count; it has: {', '.join(inputs)}. Check the "

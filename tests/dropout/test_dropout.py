@@ -11,7 +11,8 @@ from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 from transformers.models.sew_d.modeling_sew_d import StableDropout
 
-from hf_rdrop.dropout import inspect_dropout, is_stochastic, set_dropout
+from hf_rdrop.dropout import inspect_dropout, is_stochastic, set_dropout, settings_beside_dropout
+from hf_rdrop.training.knobs import ways_to_differ
 
 RATE = 0.37
 SMALL = {"vocab_size": 40, "num_labels": 3, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -392,3 +393,23 @@ def test_a_bad_rate_is_refused_before_anything_changes(p):
 def test_a_model_without_dropout_is_refused():
     with pytest.raises(ValueError, match=r"Linear has no dropout .* add `nn.Dropout` modules"):
         set_dropout(nn.Linear(2, 2), 0.1)
+
+
+class LayersDiffer(tf.LlamaConfig):
+    """A config that raises an error for what its layers have each for themselves, as Gemma 4's."""
+
+    def __getattribute__(self, name):
+        if name in ("head_dim", "router_jitter_noise") and self.__dict__.get("strict"):
+            raise RuntimeError(f"{name} is a per-layer attribute")
+        return super().__getattribute__(name)
+
+
+@pytest.mark.parametrize("noise", [{}, {"router_jitter_noise": 0.0}])
+def test_a_config_whose_layers_differ_is_read_all_the_same(noise):
+    sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "head_dim": 4}
+    model = tf.LlamaForCausalLM(LayersDiffer(**sizes, num_attention_heads=2, **noise))
+    model.config.strict = True
+    with pytest.raises(RuntimeError, match="per-layer"):
+        _ = model.config.head_dim
+    assert settings_beside_dropout(model) == ["router_jitter_noise=0.01"] * len(noise)
+    assert "rdrop_dropout=0.1" in ways_to_differ(model)

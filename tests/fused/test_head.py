@@ -497,12 +497,17 @@ def test_an_auxiliary_loss_is_kept_however_small(case, caplog, monkeypatch):
 
 
 WHISPER = {**SEQ2SEQ_SIZES, "num_mel_bins": 4, "max_source_positions": 8, "max_target_positions": 16}
+FLORENCE_EYE = {name: [1] * 4 for name in ("depths", "num_heads", "num_groups")}
+FLORENCE_EYE |= {"embed_dim": [8] * 4, "projection_dim": SEQ2SEQ_SIZES["d_model"]}
 OWN_DECODER_INPUTS = {
     "m2m_100": lambda: make_lm("seq2seq", "m2m_100"),
     "blenderbot": lambda: make_lm("seq2seq", "blenderbot"),
     "blenderbot-small": lambda: make_lm("seq2seq", "blenderbot-small"),
     "whisper": lambda: transformers.WhisperForConditionalGeneration(
         transformers.WhisperConfig(**WHISPER, dropout=0.1)
+    ),
+    "florence2": lambda: transformers.Florence2ForConditionalGeneration(  # its text has the padding token
+        transformers.Florence2Config(text_config={"model_type": "bart", **SEQ2SEQ_SIZES}, vision_config=FLORENCE_EYE)
     ),
 }
 

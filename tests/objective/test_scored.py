@@ -54,6 +54,54 @@ class SameLabels(tf.LlamaForCausalLM):
         return output
 
 
+class TiedByWeight(tf.LlamaForCausalLM):
+    """A causal class whose logits are made of the weight of its input embeddings, which is no head to be called."""
+
+    def get_output_embeddings(self):
+        return self.model.embed_tokens
+
+    def forward(self, input_ids=None, attention_mask=None, labels=None):
+        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        logits = F.linear(hidden, self.model.embed_tokens.weight)
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return {"loss": loss, "logits": logits}
+
+
+def make_fsmt():
+    vocabularies = {"langs": ["en", "de"], "src_vocab_size": 40, "tgt_vocab_size": 40}
+    sizes = {name: value for name, value in PAIR.items() if name != "vocab_size"}
+    torch.manual_seed(0)
+    return tf.FSMTForConditionalGeneration(tf.FSMTConfig(**vocabularies, **sizes))
+
+
+def pair_rows():
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 40, (8, 6), generator=draw)
+    labels = ids.masked_fill(torch.arange(6) > torch.arange(8)[:, None] % 4 + 2, -100)
+    rows = {"input_ids": ids, "decoder_input_ids": ids.roll(1, 1), "labels": labels}
+    return [{name: value[i] for name, value in rows.items()} for i in range(8)]
+
+
+@pytest.mark.parametrize(
+    "make, rows, shifts",
+    [(make_fsmt, pair_rows, 0), (lambda: TiedByWeight(make_llama(0.3).config), causal_rows, 1)],
+)
+def test_logits_made_of_the_weight_of_the_input_embeddings(make, rows, shifts):
+    """Right values, where what `get_output_embeddings` returns puts out no logits."""
+    model, kept = make(), []
+    arguments = {"rdrop_alpha": 4.0, "rdrop_fused_head": "off", "max_steps": 1, "learning_rate": 0.0}
+    model.register_forward_hook(lambda m, a, k, output: kept.append((k["labels"], output)), with_kwargs=True)
+    log = step_logs(train(model, rows=rows(), **arguments))[0]
+    labels, output = kept[-1]
+    half = len(labels) // 2
+    labels, logits = labels[:half, shifts:], output["logits"].detach().double()[:, : labels.shape[1] - shifts]
+    p, q = logits[:half].log_softmax(-1)[labels != -100], logits[half:].log_softmax(-1)[labels != -100]
+    kl = ((p.exp() - q.exp()) * (p - q)).sum(-1).mean() / 2
+    ce = (F.nll_loss(p, labels[labels != -100]) + F.nll_loss(q, labels[labels != -100])) / 2
+    assert log["kl_loss"] == pytest.approx(float(kl), rel=1e-4) and kl > 1e-4
+    assert log["ce_loss"] == pytest.approx(float(ce), rel=1e-4)
+
+
 def same_labels():
     return SameLabels(make_llama(0.3).config)
 

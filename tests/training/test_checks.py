@@ -124,6 +124,17 @@ def test_batch_without_labels():
     refuse(Teacher(), "needs `labels` in the batch", rows=rows)
 
 
+@pytest.mark.parametrize("kind", [lambda i: {"class": torch.tensor([i % 2])}, lambda i: [torch.tensor(i)]])
+def test_labels_that_are_no_tensor(kind, tmp_path):
+    """The objects of an image (object detection), and lists of another kind, are named and not called missing."""
+    model = make_model("single", 0.1)
+    arguments = RDropTrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    batch = {"input_ids": torch.ones(4, 6, dtype=torch.long), "labels": [kind(i) for i in range(4)]}
+    trainer = RDropTrainer(model=model, args=arguments)
+    with pytest.raises(ValueError, match=r"such `labels`: no tensor, but a list.*rdrop_alpha to 0"):
+        trainer.compute_loss(model.train(), batch)
+
+
 def test_packed_batches(tmp_path):
     model = make_model("token", 0.1)
     trainer = RDropTrainer(model=model, args=RDropTrainingArguments(str(tmp_path), use_cpu=True, report_to=[]))
