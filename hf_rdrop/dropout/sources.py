@@ -3,6 +3,7 @@
 Dropout is found by the types and names of modules and attributes, so any `nn.Module` will do.
 """
 
+import copy
 import dis
 import inspect
 import re
@@ -11,6 +12,7 @@ from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeGuard
 
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from torch import nn
 
 # Tried in this order, because "layerdrop" and "path_dropout" are not dropout of single elements. The rank_dropout and
@@ -130,13 +132,22 @@ def settings_beside_dropout(model: nn.Module) -> list[str]:
     for config in configs_of(model):
         # (Not by getattr: a config whose layers differ raises an error for what each of them has for itself.)
         for name, value in vars(config).items():
-            if kind_of(name) == "drop_path" and is_rate(value):
+            if kind_of(name) == "drop_path" and is_rate(value) and _admits(config, name, 0.1):
                 found.append(f"{name}=0.1")
             elif name in ("router_jitter_noise", "input_jitter_noise") and is_rate(value):
                 found.append(f"{name}=0.01")
             elif name == "mask_feature_prob" and is_rate(value):
                 found.append("apply_spec_augment=True, mask_feature_prob=0.1")
     return list(dict.fromkeys(found))
+
+
+def _admits(config: Any, name: str, value: Any) -> bool:
+    config = copy.deepcopy(config)
+    try:
+        setattr(config, name, value)
+    except StrictDataclassFieldValidationError:  # LeViT's drop_path_rate is a whole number
+        return False
+    return True
 
 
 def inspect_dropout(model: nn.Module) -> list[DropoutSource]:

@@ -5,9 +5,21 @@ import torch
 import transformers as tf
 
 from hf_rdrop import RDropTrainer, RDropTrainingArguments, inspect_dropout, set_dropout
+from hf_rdrop.dropout import is_stochastic, settings_beside_dropout
 from support.trunk_models import BERT_LIKE
 
 SMALL = {"vocab_size": 40, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16}
+LLAMA = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1} | {
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
+
+
+def levit(**config):
+    sizes = {"image_size": 64, "hidden_sizes": [16, 16, 16], "num_attention_heads": [2, 2, 2], "key_dim": [4, 4, 4]}
+    return tf.LevitForImageClassification(tf.LevitConfig(**sizes, depths=[1, 1, 1], **config))
+
+
 FAMILIES = {
     # stochastic depth by nn.Dropout, at rates that rise from block to block
     "efficientnet": lambda: tf.EfficientNetForImageClassification(
@@ -21,6 +33,19 @@ FAMILIES = {
     "gpt2": lambda: tf.GPT2DoubleHeadsModel(tf.GPT2Config(**SMALL, num_labels=1)),
     "swiftformer": lambda: tf.SwiftFormerForImageClassification(
         tf.SwiftFormerConfig(depths=[1, 1, 1, 1], embed_dims=[8, 8, 16, 16], image_size=64)
+    ),
+    # its convolutional blocks drop elements, at the rate of an entry of their own, by a module called drop_path
+    "swiftformer, deeper": lambda: tf.SwiftFormerForImageClassification(
+        tf.SwiftFormerConfig(depths=[2, 1, 1, 2], embed_dims=[8, 8, 16, 16], image_size=64)
+    ),
+    # a rate of their heads that the config has no entry for, with 0.1 in the code
+    "llama, tokens": lambda: tf.LlamaForTokenClassification(tf.LlamaConfig(**LLAMA)),
+    "gpt2, tokens": lambda: tf.GPT2ForTokenClassification(tf.GPT2Config(**SMALL)),
+    # None where the rate is 0, and a dropout where it is not
+    "cpmant": lambda: tf.CpmAntForCausalLM(
+        tf.CpmAntConfig(
+            vocab_size=40, hidden_size=16, num_attention_heads=2, dim_head=8, dim_ff=32, num_hidden_layers=1
+        )
     ),
 }
 
@@ -46,6 +71,52 @@ def test_stochastic_depth_by_nn_dropout_keeps_its_rates():
     assert len(set(depth.values())) > 2
     set_dropout(model, 0.15)
     assert {name: rates(model)[name] for name in depth} == depth and model.dropout.p == 0.15
+
+
+def test_an_advice_is_one_that_the_config_takes(caplog):
+    """LeViT's drop_path_rate is a whole number: of use is only what is set on the model, and that is not saved."""
+    model = levit()
+    assert not is_stochastic(inspect_dropout(model)) and settings_beside_dropout(model) == []
+    assert settings_beside_dropout(convnext()) == ["drop_path_rate=0.1"]
+    set_dropout(model, 0.15)
+    assert is_stochastic(inspect_dropout(model)) and "*.drop_rate" in caplog.text
+
+
+def test_a_dropout_called_drop_path_gets_the_rate():
+    model = FAMILIES["swiftformer, deeper"]()
+    set_dropout(model, 0.15)
+    block = model.swiftformer.encoder.network[0].blocks[0]
+    assert block.drop_path.p == model.config.drop_conv_encoder_rate == 0.15
+
+
+def test_a_rate_that_cannot_be_saved_is_named(tmp_path, caplog):
+    """SigLIP's pooling head has `nn.MultiheadAttention`, with no word of dropout."""
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = tf.SiglipConfig(vision_config={**sizes, "image_size": 32, "patch_size": 16})
+    model = tf.SiglipForImageClassification(config)
+    if "vision_model.head.attention.dropout" not in rates(model):
+        pytest.skip("this version has no pooling head in the classifier")
+    set_dropout(model, 0.15)
+    assert "loses the dropout rate 0.15 of vision_model.head.attention.dropout" in caplog.text
+    model.save_pretrained(tmp_path)
+    loaded, trained = rates(type(model).from_pretrained(tmp_path)), rates(model)
+    assert {n for n in trained if loaded[n] != trained[n]} == {"vision_model.head.attention.dropout"}
+
+
+def test_nothing_is_said_where_all_is_saved(caplog):
+    set_dropout(FAMILIES["llama, tokens"](), 0.15)
+    assert not caplog.records
+
+
+def test_a_refused_rate_leaves_the_model_and_its_files_as_they_were(tmp_path):
+    """DiffLlama takes no dropout of its attention: a config with one cannot be loaded."""
+    model = tf.DiffLlamaForCausalLM(tf.DiffLlamaConfig(**LLAMA))
+    before, config = rates(model), model.config.to_dict()
+    with pytest.raises(ValueError, match=r"could not be loaded again"):
+        set_dropout(model, 0.15)
+    assert rates(model) == before and model.config.to_dict() == config
+    model.save_pretrained(tmp_path)
+    assert rates(tf.DiffLlamaForCausalLM.from_pretrained(tmp_path)) == before
 
 
 def test_a_rate_that_only_the_code_knows_is_set_all_the_same():
