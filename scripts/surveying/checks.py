@@ -46,6 +46,8 @@ KNOBS: tuple[dict[str, float], ...] = (
     {"rdrop_insert_dropout": 0.1},
     {"rdrop_layer_drop": 0.3},
 )
+# What a model can be loaded with, where none of the arguments helps.
+STOCHASTIC_DEPTH = {"drop_path_rate": 0.3, "layer_scale_init_value": 1.0}
 
 
 class NotTried(Exception):
@@ -108,10 +110,18 @@ def check_pair(pair: Pair) -> Record:
     return record
 
 
-def build(pair: Pair) -> nn.Module:
-    """Build a tiny model whose predictions differ, with every bias of its head nonzero."""
+def build(pair: Pair, **settings: float) -> nn.Module:
+    """Build a tiny model whose predictions differ, with every bias of its head nonzero.
+
+    Args:
+        pair: the family and its head.
+        settings: entries of its configuration to be set, where it has them.
+    """
     model_class = getattr(transformers, pair.model_class)
     config = tiny_config(pair.family)
+    for name, value in settings.items():
+        if hasattr(config, name):
+            setattr(config, name, value)
     if not isinstance(config, model_class.config_class):  # the class takes a part of it
         parts = [v for v in vars(config).values() if isinstance(v, model_class.config_class)]
         config = parts[0] if parts else config
@@ -195,8 +205,13 @@ class _Checks:
     def _rdrop(self) -> Step | None:
         found: list[Step] = []
         refusals: list[str] = []
-        for knob in KNOBS:
-            self.knob = knob
+        record, by_default = self.record, self.model
+        for knob in (*KNOBS, STOCHASTIC_DEPTH):
+            self.knob = {} if knob is STOCHASTIC_DEPTH else knob
+            if knob is STOCHASTIC_DEPTH:
+                if not hasattr(self.model.config, "drop_path_rate"):
+                    break
+                self.model = build(Pair(record.head, record.family, record.model_class), **knob)
 
             def check() -> None:
                 step = train(self.model, self.rows, rdrop_alpha=ALPHA, rdrop_fused_head="off", **self.knob)
@@ -208,13 +223,15 @@ class _Checks:
                 break
             refusals.append(self.record.reasons["rdrop"])
         if self.record.rdrop == "refused":
+            self.model = by_default
             # Where nothing is random by default, what is refused with it counts.
             other = [reason for reason in refusals if not reason.startswith("Nothing in this model is stochastic")]
             self.record.reasons["rdrop"] = (other or refusals)[0]
         else:
-            self.record.reasons.pop("rdrop", None) if self.record.rdrop == "right" else None
-            if self.knob:
-                self.record.dropout = next(iter(self.knob))
+            if self.record.rdrop == "right":
+                self.record.reasons.pop("rdrop", None)
+            if knob:
+                self.record.dropout = next(iter(knob))
         return found[0] if found and self.record.rdrop == "right" else None
 
     def _compare(self, part: str, step: Step) -> None:

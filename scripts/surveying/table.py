@@ -51,7 +51,8 @@ def lines(survey: dict[str, Any]) -> list[str]:
         "eight. `rdrop_alpha=0` gives those of the plain Trainer. Remarks name exceptions.",
         '- **Fused head**: `rdrop_fused_head="on"` gives the loss and gradients of full logits.',
         "- **Trunk**: the values are right with `rdrop_shared_layers=1`, too.",
-        "- **Dropout**: whether two passes differ by default, or else the argument that makes them differ.",
+        "- **Dropout**: whether two passes differ by default, or else the argument that makes them differ "
+        "(`drop_path_rate`: the model was loaded with it).",
         "- A number in brackets is a [remark or reason](#remarks-and-reasons).",
         *found,
         "",
