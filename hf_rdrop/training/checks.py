@@ -127,7 +127,7 @@ def check_stochastic(model: nn.Module, with_sub_models: bool = False, with_noise
             "Nothing in this model is stochastic in a way that differs between the passes, so they would be "
             f"identical, the KL term always 0, and the second pass wasted. Found: {describe_sources(sources)}. "
             f"What makes the passes of this model differ: {ways_to_differ(model)} (--rdrop_dropout 0.1 on a command "
-            "line). Or set rdrop_alpha to 0."
+            "line). Or set rdrop_alpha to 0 (--rdrop_alpha 0)."
         )
 
 

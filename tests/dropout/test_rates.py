@@ -109,14 +109,21 @@ def test_nothing_is_said_where_all_is_saved(caplog):
 
 
 def test_a_refused_rate_leaves_the_model_and_its_files_as_they_were(tmp_path):
-    """DiffLlama takes no dropout of its attention: a config with one cannot be loaded."""
-    model = tf.DiffLlamaForCausalLM(tf.DiffLlamaConfig(**LLAMA))
+    """As DiffLlama of Transformers 5.23, which takes no dropout of its attention."""
+
+    class Strict(tf.LlamaForCausalLM):
+        def __init__(self, config):
+            if config.attention_dropout:
+                raise ValueError("no dropout of the attention here.")
+            super().__init__(config)
+
+    model = Strict(tf.LlamaConfig(**LLAMA))
     before, config = rates(model), model.config.to_dict()
     with pytest.raises(ValueError, match=r"could not be loaded again"):
         set_dropout(model, 0.15)
     assert rates(model) == before and model.config.to_dict() == config
     model.save_pretrained(tmp_path)
-    assert rates(tf.DiffLlamaForCausalLM.from_pretrained(tmp_path)) == before
+    assert rates(Strict.from_pretrained(tmp_path)) == before
 
 
 def test_a_rate_that_only_the_code_knows_is_set_all_the_same():

@@ -331,6 +331,8 @@ def declare_dropout(model):
 def test_dropout_that_a_model_of_transformers_does_not_use():
     """Its config could not be loaded again with a rate, and is as it was after the refusal."""
     model = make_diffllama()
+    if Version(transformers.__version__) < Version("5.23"):
+        pytest.skip(f"DiffLlama of transformers {transformers.__version__} uses its dropout")
     before = model.config.to_dict()
     message = "DiffLlamaForCausalLM cannot have a dropout rate of 0.1.*rdrop_insert_dropout=0.1"
     refuse(model, message, rows=causal_rows(), rdrop_dropout=0.1)

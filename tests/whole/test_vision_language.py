@@ -144,7 +144,9 @@ def test_packed_images_are_learned(head, tmp_path):
     after = trainer.evaluate()["eval_loss"]
     assert after < 0.5 * before
     predicted = trainer.predict(image_rows())
-    assert predicted.predictions.shape == (16, 24, VOCAB) and predicted.metrics["test_loss"] == pytest.approx(after)
+    logits = predicted.predictions  # earlier releases of Transformers return the offsets of the positions too
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    assert logits.shape == (16, 24, VOCAB) and predicted.metrics["test_loss"] == pytest.approx(after)
     trainer.save_model(str(tmp_path / "saved"))
     loaded = tf.Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "saved").eval()
     with torch.no_grad():
