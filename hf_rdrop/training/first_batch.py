@@ -60,6 +60,17 @@ def inputs_explained(model: nn.Module, layout: BatchLayout, inputs: Mapping[str,
         raise unrepeatable(unlike, f"{type(error).__name__}: {error}") from error
 
 
+def no_evaluation(model: nn.Module) -> str | None:
+    """Say why a model must not run in evaluation mode before it trains; None for most.
+
+    (bitsandbytes 0.50 repacks 4-bit weights on a CPU for inference then, and no gradient arrives any more. The plain
+    Trainer has the same fault with `eval_on_start`.)
+    """
+    if getattr(model, "is_quantized", False) and next(model.parameters()).device.type == "cpu":
+        return "a quantised model on a CPU cannot be tried out, since evaluation repacks its weights for inference"
+    return None
+
+
 def takes_items(model: nn.Module) -> bool:
     """Tell whether a model takes images or audio beside texts, so that its inputs may be not one per row.
 

@@ -29,7 +29,7 @@ from .checks import (
     check_per_sample_gradients,
     check_stochastic,
 )
-from .first_batch import check_labels_of_head, describe_cost, inputs_explained, show, takes_items
+from .first_batch import check_labels_of_head, describe_cost, inputs_explained, no_evaluation, show, takes_items
 from .item_counts import ItemCounts
 from .settings import RunFacts, Settings, StepPlan
 
@@ -260,7 +260,10 @@ class TrainingRun:
             low = self.args.bf16 or self.args.fp16 or any(p.element_size() < 4 for p in self.model.parameters())
             repeated, rtol = self.layout.repeat(inputs, self.settings.passes), 2e-2 if low else 1e-3
             check_repeated_loss(self.parent_loss, model, inputs, repeated, rtol, self.layout.unlike_rows(inputs))
+        untried = no_evaluation(self.model)
         if self.trunk is not None:
+            if untried is not None:
+                raise ValueError(f"rdrop_shared_layers: {untried}. Set rdrop_shared_layers to 0.")
             passes, size = self.settings.passes, self.layout.size(inputs)
             repeated = self.layout.repeat(inputs, passes)
             check_shared_trunk(
@@ -279,7 +282,7 @@ class TrainingRun:
             inputs,
             labels,
             shift_labels=self.layout.shifts_labels,
-            obstacle=self.needs_outputs,
+            obstacle=self.needs_outputs or untried,
         )
         torch.clear_autocast_cache()  # torch before 2.8 would train on with the casts of the checks, without gradient
         if self.shows:

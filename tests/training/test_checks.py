@@ -16,6 +16,8 @@ from transformers import (
     BertPreTrainedModel,
     DiffLlamaConfig,
     DiffLlamaForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
     Trainer,
 )
 
@@ -434,3 +436,35 @@ def test_a_model_that_collects_per_sample_gradients_is_refused(place):
     else:
         next(model.parameters()).grad_sample = None
     refuse(model, "per-sample gradients")
+
+
+# ---- quantised bases on a CPU ----
+
+
+def quantised(vocab_size=2000):
+    """A language model that counts its forwards in evaluation mode, after which weights of 4 bits take no gradient."""
+    config = {"vocab_size": vocab_size, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    model = LlamaForCausalLM(LlamaConfig(**config, num_attention_heads=2, num_key_value_heads=2))
+    model.is_quantized, model.evaluated = True, 0
+    model.hf_quantizer = types.SimpleNamespace(is_trainable=True, is_qat_trainable=False)
+
+    def count(module, args):
+        module.evaluated += not module.training
+
+    model.register_forward_pre_hook(count)
+    return peft.get_peft_model(
+        model, peft.LoraConfig(target_modules=["q_proj"], lora_dropout=0.3, init_lora_weights=False)
+    )
+
+
+@pytest.mark.parametrize("fused_head", ["off", "auto"])
+def test_a_quantised_base_on_a_cpu_is_never_evaluated_before_it_trains(fused_head):
+    model = quantised()
+    trainer = train(model, rows=causal_rows(), rdrop_fused_head=fused_head)
+    assert trainer.rdrop_run.fused_head is None and model.get_base_model().evaluated == 0
+    assert all(line["kl_loss"] > 0 for line in step_logs(trainer))
+
+
+@pytest.mark.parametrize("asked", [{"rdrop_fused_head": "on"}, {"rdrop_shared_layers": 1}])
+def test_what_has_to_be_tried_out_in_evaluation_is_refused_for_a_quantised_base_on_a_cpu(asked):
+    refuse(quantised(), f"{next(iter(asked))}.*quantised model on a CPU", rows=causal_rows(), **asked)
