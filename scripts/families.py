@@ -17,6 +17,7 @@ wrong or an error was raised.
 
 import argparse
 import gc
+import json
 import os
 import subprocess
 import sys
@@ -36,7 +37,8 @@ import transformers
 from transformers.utils import logging
 
 import hf_rdrop
-from finetuning.results import read_json, write_json
+from finetuning.results import read_json
+from hf_rdrop.files import write_atomically as write_file
 from reporting.folder import sole_user
 from surveying.checks import Record, check_pair
 from surveying.children import run_each
@@ -67,15 +69,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"{pair.name}: {record['status']} {record['reasons']} ({seconds:.1f} s)", flush=True)
             if done % 20 == 0:
                 print(f"{done} of {len(todo)}", flush=True)
-                write_json(file, survey)
+                write_survey(file, survey)
         known = {pair.name for pair in all_pairs()}  # what another release of Transformers had is no longer there
         survey["pairs"] = {name: record for name, record in survey["pairs"].items() if name in known}
         survey.update(at, date=f"{datetime.now(timezone.utc):%Y-%m-%d}")
-        write_json(file, survey)
+        write_survey(file, survey)
         write_table(folder / "README.md", survey)
     found = [survey["pairs"][pair.name]["status"] for pair in pairs]
     print(", ".join(f"{status}: {found.count(status)}" for status in sorted(set(found))))
     return int(any(status in FAULTS for status in found))
+
+
+def write_survey(file: Path, survey: dict[str, Any]) -> None:
+    """Write what was found, a line for each pair, so that a change shows the pairs that it is of."""
+    lines = (f"{json.dumps(name)}:{_compact(record)}" for name, record in sorted(survey["pairs"].items()))
+    rest = (f"{json.dumps(name)}:{_compact(value)}," for name, value in sorted(survey.items()) if name != "pairs")
+    write_file(file, "{\n" + "\n".join(rest) + '\n"pairs":{\n' + ",\n".join(lines) + "\n}}\n")
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
