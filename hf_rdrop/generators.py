@@ -42,6 +42,20 @@ def generators_restored(model: nn.Module, seed: int | None = None) -> Iterator[N
         restore()
 
 
+@contextmanager
+def undisturbed(model: nn.Module, seed: int | None = None) -> Iterator[None]:
+    """Put random numbers (`generators_restored`) and the model's buffers, such as running statistics, back."""
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        with generators_restored(model, seed):
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, before in buffers:
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
+
+
 def draw_own_masks(rank: int, device: torch.device) -> None:
     """Give process `rank`, of those with different rows, random numbers of its own for dropout and SpecAugment.
 

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ..batch import get_batch_size, map_tensors
 from ..dropout import dropout_off, inspect_dropout, modes_restored
-from ..generators import generators_restored
+from ..generators import undisturbed
 from ..objective.heads import find_labels, find_logits, predicts_next_token, resolve_head, shifted_labels
 from .pass_sums import PassSums
 
@@ -136,7 +136,7 @@ def measure_consistency(
     total, items = torch.zeros(0, dtype=torch.float64), 0
     kept: list[tuple[np.ndarray, np.ndarray]] = []
     problem_type = ""
-    with torch.no_grad(), _caller_undisturbed(model, seed):
+    with torch.no_grad(), undisturbed(model, seed):
         for inputs in dataloader:
             inputs, labels = _with_labels(inputs, device)
             rows = get_batch_size(inputs)
@@ -240,19 +240,6 @@ def _with_labels(inputs: Mapping[str, Any], device: torch.device) -> tuple[dict[
         )
     moved = {name: map_tensors(lambda tensor: tensor.to(device), value) for name, value in inputs.items()}
     return moved, labels.to(device)
-
-
-@contextmanager
-def _caller_undisturbed(model: nn.Module, seed: int) -> Iterator[None]:
-    """Draw random numbers from `seed` within the block; put random state and buffers back afterwards."""
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    try:
-        with generators_restored(model, seed):
-            yield
-    finally:
-        for buffer, before in buffers:
-            if not torch.equal(buffer, before):
-                buffer.copy_(before)
 
 
 @contextmanager

@@ -2,13 +2,21 @@
 
 from .modes import dropout_off, modes_restored
 from .rates import set_dropout
-from .sources import DropoutSource, describe_sources, inspect_dropout, is_stochastic, settings_beside_dropout
+from .sources import (
+    DropoutSource,
+    describe_sources,
+    inspect_dropout,
+    is_dropout,
+    is_stochastic,
+    settings_beside_dropout,
+)
 
 __all__ = [
     "DropoutSource",
     "describe_sources",
     "dropout_off",
     "inspect_dropout",
+    "is_dropout",
     "is_stochastic",
     "modes_restored",
     "set_dropout",

@@ -9,8 +9,8 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from torch import nn
 
-from .reloading import is_dropout, try_reloading
-from .sources import configs_of, is_rate, kind_of, knobs_of
+from .reloading import try_reloading
+from .sources import configs_of, is_dropout, is_rate, kind_of, knobs_of
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .sources import DropoutSource, Knob, configs_of, inspect_dropout, kind_of
+from .sources import DropoutSource, Knob, configs_of, inspect_dropout, is_dropout, kind_of
 
 
 class Reloaded(NamedTuple):
@@ -80,11 +80,6 @@ def try_reloading(model: Any, knobs: list[Knob], rate: float, set_rates: Callabl
     left = [knob.source.name for knob in others if knob.source.name not in kept]
     entries, lost = _missing_entries(model, config, left, rate)
     return Reloaded(frozenset(kept), frozenset(also), frozenset(new), tuple(entries), tuple(lost))
-
-
-def is_dropout(source: DropoutSource) -> bool:
-    """Tell whether `set_dropout` is meant for a source."""
-    return source.kind in ("dropout", "functional")
 
 
 def _following_depth(model_class: Any, config: Any, places: list[Knob], set_rates: Callable[..., None]) -> set[str]:

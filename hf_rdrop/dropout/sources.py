@@ -164,6 +164,11 @@ def inspect_dropout(model: nn.Module) -> list[DropoutSource]:
     return [knob.source for knob in knobs_of(model)]
 
 
+def is_dropout(source: DropoutSource) -> bool:
+    """Tell whether a source draws for each element, so that `set_dropout` is meant for it."""
+    return source.kind in ("dropout", "functional")
+
+
 def is_stochastic(sources: Iterable[DropoutSource]) -> bool:
     """Tell whether the passes of a repeated batch `[x; x]` differ in training mode, given `inspect_dropout(model)`.
 

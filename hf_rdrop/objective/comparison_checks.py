@@ -43,9 +43,8 @@ def check_comparison(config: Any, head: Head, logits: Tensor, labels: Tensor, pa
     scores, targets = logits.detach().float().flatten(), torch.cat([labels.flatten()] * passes).float()
 
     def is_loss(function: Any, transform: Any = torch.clone) -> Tensor:
-        return torch.isclose(
-            function(transform(scores), targets), loss.detach().float(), rtol=1e-2
-        )  # of bfloat16, too
+        found = function(transform(scores), targets)
+        return torch.isclose(found, loss.detach().float(), rtol=1e-2)  # of bfloat16, too
 
     squared, binary = is_loss(F.mse_loss), is_loss(F.binary_cross_entropy_with_logits)
     if head.problem_type == "regression" and not squared and not binary:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..dropout import dropout_off
-from ..generators import generators_restored
+from ..generators import undisturbed
 from .parent_loss import ParentLoss
 
 
@@ -42,9 +42,8 @@ def check_repeated_loss(
     two forwards (a third where the losses differ), which draw no random number that counts and leave its buffers as
     they were. A loss that draws some itself, or needs gradients inside, is let be.
     """
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
-        with dropout_off(model), torch.no_grad(), generators_restored(model):
+        with dropout_off(model), torch.no_grad(), undisturbed(model):
             once, gradient = _loss_and_gradient(parent, model, inputs)
             try:
                 found, of_repeated = _loss_and_gradient(parent, model, repeated)
@@ -57,10 +56,6 @@ def check_repeated_loss(
         raise
     except Exception:  # whatever a loss does here, training says it itself
         return
-    finally:
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)  # running statistics
     if not torch.isclose(once, again, rtol=rtol / 10):
         return
     if _are_close(found, once, rtol):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from ..alpha import check_alpha
-from ..dropout import describe_sources, inspect_dropout, is_stochastic
+from ..dropout import describe_sources, inspect_dropout, is_dropout, is_stochastic
 from ..objective.batch_layout import BatchLayout
 from ..objective.heads import ANSWER, SUPPORTED_HEADS
 from ..sub_models.places import embeds_with_noise
@@ -137,8 +137,8 @@ def check_passes_differ(model: nn.Module, divergence: Tensor, items: Tensor | No
     (At low rates, with parts in evaluation mode, and with an adapter or a gate that begins as zeros, equal passes are
     what one expects.)
     """
-    kinds = ("dropout", "functional")  # which draw for each element; a few rows may keep all their branches by chance
-    sources = [source for source in inspect_dropout(model) if source.rate >= 1e-2 and source.kind in kinds]
+    # (A few rows may keep all their branches by chance, but not all their elements.)
+    sources = [source for source in inspect_dropout(model) if source.rate >= 1e-2 and is_dropout(source)]
     if not sources or divergence != 0 or (items is not None and items == 0):
         return
     zeros = any(p.requires_grad and "bias" not in name and not p.any() for name, p in model.named_parameters())

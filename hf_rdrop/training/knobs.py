@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from ..dropout import inspect_dropout, set_dropout, settings_beside_dropout
+from ..dropout import inspect_dropout, is_dropout, set_dropout, settings_beside_dropout
 from ..sub_models import SubModels
 from ..sub_models.places import embeds_with_noise
 
@@ -17,7 +17,7 @@ def ways_to_differ(model: nn.Module, without: str = "") -> str:
         without: a name of `rdrop_*` that has been tried.
     """
     ways = []
-    if any(source.kind in ("dropout", "functional") for source in inspect_dropout(model)):
+    if any(map(is_dropout, inspect_dropout(model))):
         ways.append("rdrop_dropout=0.1")
     for name in ("insert_dropout", "layer_drop"):
         given: Any = {name: 0.1}
@@ -45,7 +45,7 @@ def set_rate(model: Any, p: float | None) -> None:
     """Set `rdrop_dropout`, if it is given; a model without a place for it is refused with what it has instead."""
     if p is None:
         return
-    if not any(source.kind in ("dropout", "functional") for source in inspect_dropout(model)):
+    if not any(map(is_dropout, inspect_dropout(model))):
         raise ValueError(
             f"rdrop_dropout={p!r}, but {type(model).__name__} has no dropout that could be set: neither a dropout "
             "module nor an attribute that holds a dropout rate. R-Drop compares two passes that differ by something "

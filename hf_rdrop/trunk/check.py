@@ -133,17 +133,15 @@ def check_shared_trunk(
     trunk.stop()
     with dropout_off(model), generators_restored(trunk.model):
         hooks = [module.register_forward_pre_hook(record) for module in trunk.model.modules()]
-        layer_hooks = [layer.register_forward_hook(record_layer, with_kwargs=True) for layer in trunk.layers]
+        hooks += [layer.register_forward_hook(record_layer, with_kwargs=True) for layer in trunk.layers]
         try:
             plain = run(rows)
             many = layer_calls.copy()
             layer_calls.clear()
-            for hook in hooks:
-                hook.remove()
             _check_calls(trunk, calls)
             alone = run(rows[:few])
         finally:
-            for hook in [*hooks, *layer_hooks]:
+            for hook in hooks:
                 hook.remove()
         trunk.set_axes(layer_calls, many, passes)
         trunk.start(passes)

@@ -168,11 +168,12 @@ class SharedTrunk:
             fewest = _FEWEST_DIMS.get(name, 2)
 
             def first(t: Tensor) -> Tensor:
-                axis, times = self._axes.get((name, t.dim()), (0, [1]))
-                known = (name, t.dim()) in self._axes
-                if (t.dim() < fewest and not known) or t.shape[axis] not in [rows * n for n in times]:
+                known = self._axes.get((name, t.dim()))
+                if known is None and t.dim() < fewest:
                     return t
-                return t.narrow(axis, 0, t.shape[axis] // passes)
+                axis, times = known or (0, [1])
+                holds_rows = t.shape[axis] in [rows * n for n in times]
+                return t.narrow(axis, 0, t.shape[axis] // passes) if holds_rows else t
 
             return map_tensors(first, value)
 

@@ -86,9 +86,9 @@ def bootstrap_interval(values: Sequence[float] | np.ndarray, scale: float = 1.0)
     """
     if len(values) < MIN_SEEDS or _all_equal(values, scale):
         return None
-    # random_state and not rng: the oldest supported scipy knows only that.
     from scipy import stats  # takes long, and a command line that is refused needs none of it
 
+    # random_state and not rng: the oldest supported scipy knows only that.
     result = stats.bootstrap(
         (np.asarray(values),),
         np.mean,
